@@ -1,0 +1,106 @@
+"""EPD-Solver: K gradient evaluations per step, at learned points, as one batch (Zhu et al. 2025, ICCV)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from solvers.table import StepTable
+
+
+@dataclass(frozen=True)
+class EPDTable:
+    """The numbers of EPD-Solver for N = num_steps - 1 intervals and K points; a Solver. For the interval sigma -> sigma':
+
+        d = (x - D(x, sigma)) / sigma
+        tau_k = sigma'^r_k sigma^(1 - r_k)          x_k = x + (tau_k - sigma) d
+        d_k = (x_k - D(x_k, a_k tau_k)) / tau_k     x' = x + (sigma' - sigma) sum_k w_k o_k d_k
+
+    *S is empty, or (B,) where each image has a table of its own.
+
+    Attributes:
+        position: r in (0, 1), where a point lies on the geometric way from sigma to sigma', (*S, N, K).
+        weight: w, summing to 1 over the points, (*S, N, K).
+        direction_scale: o, (*S, N, K).
+        time_scale: a, factor on the noise level shown to the network, (*S, N, K).
+    """
+
+    position: Tensor
+    weight: Tensor
+    direction_scale: Tensor
+    time_scale: Tensor
+
+    @property
+    def num_steps(self) -> int:
+        """Nodes of the grid: intervals + 1."""
+        return self.position.shape[-2] + 1
+
+    @property
+    def num_points(self) -> int:
+        """K."""
+        return self.position.shape[-1]
+
+    def __call__(self, step: int, sigmas: Tensor) -> StepTable:
+        if len(sigmas) != self.num_steps:
+            raise ValueError(f"sigmas: {len(sigmas)} nodes; valid: {self.num_steps}, as many as the table was made for")
+        sigma, sigma_next = sigmas[step], sigmas[step + 1]
+        points = self.num_points
+        r, w = self.position[..., step, :], self.weight[..., step, :]
+        stage = torch.zeros(1 + points, 1 + points, dtype=sigmas.dtype)
+        stage[1:, 0] = 1
+        return StepTable(
+            sigma=sigma,
+            sigma_next=sigma_next,
+            form="noise",
+            nodes=_prepend(sigma, sigma_next**r * sigma ** (1 - r)),
+            stage=stage,
+            update=_prepend(torch.zeros_like(sigma), w * self.direction_scale[..., step, :]),
+            time_scale=_prepend(torch.ones_like(sigma), self.time_scale[..., step, :]),
+        )
+
+    def sorted(self) -> "EPDTable":
+        """The same solver with each interval's points in the order of their positions."""
+        position, order = self.position.sort(-1)
+        return EPDTable(
+            position,
+            *(value.gather(-1, order) for value in (self.weight, self.direction_scale, self.time_scale)),
+        )
+
+
+class EPD(nn.Module):
+    """A learnable EPDTable: r = sigmoid, w = softmax, o and a within 1 +- their range. Starts from evenly spread points.
+
+    Args:
+        num_steps: nodes of the grid.
+        num_points: K.
+        scale_dir: o lies in [1 - scale_dir, 1 + scale_dir].
+        scale_time: a lies in [1 - scale_time, 1 + scale_time].
+    """
+
+    def __init__(self, num_steps: int, num_points: int, scale_dir: float, scale_time: float) -> None:
+        super().__init__()
+        shape = (num_steps - 1, num_points)
+        even = torch.arange(1, num_points + 1, dtype=torch.float64) / (num_points + 1)
+        self.position = nn.Parameter(even.logit().repeat(num_steps - 1, 1))
+        self.weight = nn.Parameter(torch.zeros(shape, dtype=torch.float64))
+        self.direction_scale = nn.Parameter(torch.zeros(shape, dtype=torch.float64))
+        self.time_scale = nn.Parameter(torch.zeros(shape, dtype=torch.float64))
+        self.scale_dir = scale_dir
+        self.scale_time = scale_time
+
+    def table(self) -> EPDTable:
+        """The table that the parameters stand for; differentiable."""
+        return EPDTable(
+            position=self.position.sigmoid(),
+            weight=self.weight.softmax(-1),
+            direction_scale=1 + self.scale_dir * (2 * (self.direction_scale / 2).sigmoid() - 1),
+            time_scale=1 + self.scale_time * (2 * (self.time_scale / 2).sigmoid() - 1),
+        )
+
+    def __call__(self, step: int, sigmas: Tensor) -> StepTable:
+        return self.table()(step, sigmas)
+
+
+def _prepend(value: Tensor, values: Tensor) -> Tensor:
+    """A number () before the last dimension's entries: (*S, K) -> (*S, 1 + K)."""
+    return torch.cat([value.expand(*values.shape[:-1], 1), values], -1)

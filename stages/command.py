@@ -1,0 +1,67 @@
+"""The command line of every stage: `python -m stages.NAME`."""
+
+import errno
+import inspect
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterable
+from typing import TypeVar, get_type_hints
+
+import typer
+from tqdm import tqdm
+
+from stages.files import TIMES, InputError, write_json
+from stages.params import ParamsError, load_params
+
+T = TypeVar("T")
+INTERRUPTED = 130  # the shell's exit status for Ctrl-C
+
+
+def command(stage: Callable[..., None]) -> None:
+    """Run a stage: its keyword-only arguments are sections of params.yaml, the others come from the command line.
+
+    A stage sees only the sections that it names, but the whole file is validated first. Known failures end in one line and
+    exit status 1, Ctrl-C in 130; what a stage writes, it writes whole or not at all. Its time and peak memory go to data/times.
+    """
+    arguments = inspect.signature(stage).parameters.values()
+    sections = [a.name for a in arguments if a.kind is inspect.Parameter.KEYWORD_ONLY]
+    others = [a for a in arguments if a.kind is not inspect.Parameter.KEYWORD_ONLY]
+
+    def main(**given: str) -> None:
+        start = time.perf_counter()
+        name = "@".join([stage.__name__, *given.values()])
+        try:
+            params = load_params()
+            stage(**given, **{section: getattr(params, section) for section in sections})
+            _record(name, time.perf_counter() - start)
+        except (ParamsError, InputError) as error:
+            _fail(name, str(error))
+        except KeyboardInterrupt:
+            _fail(name, "interrupted; nothing is half-written, the same command goes on", INTERRUPTED)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            _fail(name, f"{error.filename or 'the disk'}: no space left; free some, then the same command goes on")
+
+    main.__doc__ = stage.__doc__
+    hints = get_type_hints(stage, include_extras=True)
+    main.__annotations__ = {a.name: hints[a.name] for a in others}
+    main.__signature__ = inspect.Signature(others)  # type: ignore[attr-defined]
+    typer.run(main)
+
+
+def progress(items: Iterable[T], description: str, unit: str, done: int = 0) -> "tqdm[T]":
+    """The items, with a progress bar on standard error; `done` of them were made in an earlier run."""
+    every = 0.2 if sys.stderr.isatty() else 10.0
+    return tqdm(items, desc=description, unit=unit, initial=done, mininterval=every, dynamic_ncols=True)
+
+
+def _record(name: str, seconds: float) -> None:
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # kB on Linux
+    write_json(TIMES / f"{name}.json", {"seconds": round(seconds, 1), "peak_memory_mb": round(memory)})
+
+
+def _fail(name: str, message: str, status: int = 1) -> None:
+    typer.echo(f"stage {name}: {message}", err=True)
+    raise typer.Exit(status)

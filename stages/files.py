@@ -1,0 +1,126 @@
+"""Reading what another stage made, and writing so that nothing half-written is ever seen."""
+
+import csv
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+BACKBONE = Path("models/backbone")
+DISTILLED = Path("models/distilled")
+RDPO = Path("models/rdpo")
+DIGITS = Path("data/digits.safetensors")
+REFS = Path("data/refs.npz")
+TEACHER = Path("data/teacher.safetensors")
+SAMPLES = Path("data/samples")
+SCORES = Path("data/scores")
+RESULTS = Path("results")
+CHECKPOINTS = Path("data/checkpoints")  # neither these two
+TIMES = Path("data/times")  # are outputs: what they hold differs from run to run
+
+MADE_BY = {
+    BACKBONE: "backbone",
+    DIGITS: "backbone",
+    REFS: "refs",
+    TEACHER: "teacher",
+    DISTILLED: "distill",
+    RDPO: "rdpo",
+    SAMPLES: "sample",
+    SCORES: "evaluate",
+    RESULTS / "distill.csv": "distill",
+    RESULTS / "rdpo.csv": "rdpo",
+    RESULTS: "evaluate",  # the rest of them
+}
+
+
+class InputError(Exception):
+    """An upstream file is missing or not what its stage writes."""
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[Path]:
+    """Turn what goes wrong while an upstream file or folder is read into an InputError that names the stage that makes it."""
+    stage = next(stage for made, stage in MADE_BY.items() if made == path or made in path.parents)
+    name = f"{stage}@{path.stem}" if stage in ("sample", "evaluate") else stage
+    try:
+        yield path
+    except FileNotFoundError as error:
+        raise InputError(f"{error.filename or path}: missing; stage {name} makes it: dvc repro {name}") from error
+    except (ValueError, KeyError, RuntimeError, EOFError, SafetensorError) as error:
+        raise InputError(
+            f"{path}: not what stage {name} writes ({error}); make it again: dvc repro --force --single-item {name}"
+        ) from error
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside `path` to write a file or a folder to, and rename it to `path` if all went well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    _remove(temporary)
+    try:
+        yield temporary
+        _sync(temporary)
+        if path.is_dir():
+            shutil.rmtree(path)  # a file is replaced by the rename itself
+        temporary.replace(path)
+    finally:
+        _remove(temporary)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file and its metadata."""
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file atomically."""
+    with atomic(path) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON that strict parsers read, atomically."""
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write one or more rows with the same keys, atomically."""
+    with atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def sha256(*paths: Path) -> str:
+    """Of the contents of files and, in the order of their names, of the files in folders."""
+    digest = hashlib.sha256()
+    for path in paths:
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file():
+                digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Have the disk hold what was written, before the rename makes it visible."""
+    for file in path.iterdir() if path.is_dir() else [path]:
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())

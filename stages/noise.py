@@ -1,0 +1,22 @@
+"""The noise and the prompt of every sample, each a function of (seed, index) alone."""
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SPLITS = {"train": range(0, 2**40), "validation": range(2**40, 2**41), "test": range(2**41, 2**42)}
+"""Indices of the samples to learn from, to choose by, and to report on: no noise is ever in two of them."""
+
+
+def noise(seed: int, split: str, samples: Iterable[int], shape: tuple[int, ...]) -> Tensor:
+    """Unit noise of the given samples of a split, float64 (B, *shape)."""
+    indices = (SPLITS[split][sample] for sample in samples)
+    draws = [np.random.default_rng([seed, index]).standard_normal(shape) for index in indices]
+    return torch.from_numpy(np.stack(draws))
+
+
+def prompts(samples: Iterable[int]) -> list[str]:
+    """The digits in turn, one for each sample."""
+    return [str(sample % 10) for sample in samples]

@@ -1,0 +1,204 @@
+"""What params.yaml may say. It is composed from conf/, where every knob is explained; here stand types and ranges."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+from yaml import YAMLError
+
+PARAMS = Path("params.yaml")
+
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Nodes = Annotated[int, Field(ge=2)]
+
+
+class Section(BaseModel):
+    """A group of parameters: none unknown, none missing, no silent conversion, none changed later."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_no_unknown_keys(cls, values: Any) -> Any:
+        unknown = sorted(map(str, set(values) - set(cls.model_fields))) if isinstance(values, dict) else []
+        if unknown:
+            raise ValueError(f"unknown {', '.join(unknown)}; valid: {', '.join(cls.model_fields)}")
+        return values
+
+
+class Polynomial(Section):
+    name: Literal["polynomial"]
+    rho: Positive
+
+
+class LogSNR(Section):
+    name: Literal["logsnr"]
+
+
+class TimeUniform(Section):
+    name: Literal["time_uniform"]
+    rho: Positive
+
+
+Schedule = Annotated[Polynomial | LogSNR | TimeUniform, Field(discriminator="name")]
+
+
+class Backbone(Section):
+    name: Literal["digits"]
+    held_out: Annotated[int, Field(ge=100, le=1000)]
+    channels: Annotated[int, Field(ge=8, multiple_of=8)]
+    iterations: Count
+    batch_size: Count
+    learning_rate: Positive
+    label_dropout: Fraction
+    ema_decay: Fraction
+    checkpoint_every: Count
+    classifier_iterations: Count
+    label_smoothing: Fraction
+
+
+class Teacher(Section):
+    solver: Literal["euler", "heun", "dpm_solver_2", "dpm_solver_pp_2m", "ipndm_2", "ipndm_3", "ipndm_4"]
+    extra_nodes: Annotated[int, Field(ge=0)]
+    train: Count
+    validation: Count
+    batch_size: Count
+
+
+class Distill(Section):
+    points: Count
+    scale_dir: Fraction
+    scale_time: Fraction
+    loss: Literal["end", "nodes"]
+    learning_rate: Positive
+    iterations: Count
+    batch_size: Count
+    validate_every: Count
+
+
+class RDPO(Section):
+    concentration: Positive
+    direction_std: NotNegative
+    time_std: NotNegative
+    hidden: Count
+    blocks: Count
+    groups: Count
+    tables: Annotated[int, Field(ge=2)]
+    learning_rate: Positive
+    warmup: Annotated[int, Field(ge=0)]
+    clip: Annotated[float, Field(gt=0, lt=1)]
+    epochs: Count
+    kl: NotNegative
+    iterations: Count
+    validation: Annotated[int, Field(ge=100)]
+    validate_every: Count
+
+
+class Classical(Section):
+    solver: Literal["euler", "heun", "dpm_solver_2", "dpm_solver_pp_2m", "ipndm_2", "ipndm_3", "ipndm_4"]
+    model: Literal["models/backbone"]
+    schedule: Schedule
+    afs: bool
+    num_steps: Nodes | None
+
+
+class Learned(Section):
+    solver: Literal["predictor"]
+    model: Literal["models/distilled", "models/rdpo"]
+
+
+Sampler = Annotated[Classical | Learned, Field(discriminator="solver")]
+
+
+class Sample(Section):
+    images: Annotated[int, Field(ge=100)]
+    batch_size: Count
+
+
+class Evaluate(Section):
+    bootstrap: Annotated[int, Field(ge=20)]
+
+
+class Report(Section):
+    pictures: Annotated[int, Field(ge=1, le=100)]
+
+
+class Params(Section):
+    """The whole of params.yaml."""
+
+    seed: Annotated[int, Field(ge=0)]
+    num_steps: Nodes
+    afs: bool
+    guidance_scale: NotNegative
+    schedule: Schedule
+    backbone: Backbone
+    teacher: Teacher
+    distill: Distill
+    rdpo: RDPO
+    samplers: dict[str, Sampler]
+    sample: Sample
+    evaluate: Evaluate
+    report: Report
+
+    @model_validator(mode="after")
+    def _has_the_compared_samplers(self) -> "Params":
+        missing = sorted({"reference", "distilled", "rdpo"} - set(self.samplers))
+        if missing:
+            raise ValueError(f"samplers with {', '.join(missing)} among them: the others are compared with these")
+        return self
+
+
+class ParamsError(Exception):
+    """params.yaml says something that it may not."""
+
+
+def load_params(path: Path = PARAMS) -> Params:
+    """Read and validate the whole of params.yaml.
+
+    Raises:
+        ParamsError: a line for each wrong value, with its path, what was found and what would be valid.
+    """
+    try:
+        found = OmegaConf.to_container(OmegaConf.load(path))
+    except FileNotFoundError:
+        raise ParamsError(f"{path}: missing; valid: run where params.yaml lies, the top of the repository") from None
+    except (YAMLError, OmegaConfBaseException, OSError) as error:
+        raise ParamsError(f"{path}: not YAML: {error}") from error
+    try:
+        return Params.model_validate(found)
+    except ValidationError as error:
+        lines = [f"{path}: {_explain(found, detail)}" for detail in error.errors()]
+        raise ParamsError("\n".join(lines)) from None
+
+
+def _explain(found: Any, detail: ErrorDetails) -> str:
+    """One of pydantic's errors as: path: what was found; valid: what would be."""
+    path: list[str] = []
+    for key in detail["loc"]:
+        if isinstance(found, dict) and key in found:
+            found = found[key]
+            path.append(str(key))
+    match detail["type"]:
+        case "missing":
+            return f"{'.'.join([*path, str(detail['loc'][-1])])}: missing; valid: a value, as explained in conf/"
+        case "value_error":
+            return f"{'.'.join(path) or 'top level'}: {detail['msg'].removeprefix('Value error, ')}"
+        case "union_tag_invalid" | "union_tag_not_found":
+            context = detail.get("ctx", {})
+            valid = f"{context['discriminator']} one of {context.get('expected_tags', 'those explained in conf/')}"
+        case _:
+            valid = detail["msg"].removeprefix("Input should be ")
+    return f"{'.'.join(path)}: found {found!r}; valid: {valid}"
+
+
+if __name__ == "__main__":
+    try:
+        load_params()
+    except ParamsError as error:
+        raise SystemExit(str(error)) from None

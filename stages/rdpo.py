@@ -1,0 +1,140 @@
+"""Stage rdpo: the distilled table fine-tuned by reinforcement learning for the reward (RDPO)."""
+
+from dataclasses import asdict, replace
+
+import torch
+from torch import Tensor
+
+from backends import Digits, counted_denoiser
+from metrics import Scorer
+from metrics.frechet import JUDGE, Frechet, Statistics, distance, load_statistics, statistics
+from metrics.log_probability import LogProbability
+from solvers import EPDTable, Policy, Predictor, integrate, load_predictor, save_predictor
+from stages.checkpoint import Checkpoint, adam_state, load_adam_state, under
+from stages.command import command, progress
+from stages.files import BACKBONE, DISTILLED, RDPO, REFS, RESULTS, atomic, reading, sha256, write_csv
+from stages.noise import noise, prompts
+from stages.params import RDPO as Settings
+from stages.training import descend, rng, seeded
+
+Curve = list[dict[str, float]]
+
+
+class Sampler:
+    """Samples with any table in place of the distilled predictor's, and scores the images."""
+
+    def __init__(self, backend: Digits, reward: Scorer, frechet: Frechet, refs: Statistics, distilled: Predictor) -> None:
+        self.backend = backend
+        self.reward = reward
+        self.frechet = frechet
+        self.refs = refs
+        self.distilled = distilled
+
+    @torch.no_grad()
+    def images(self, table: EPDTable, start: Tensor, wanted: list[str]) -> Tensor:
+        """Unit noise (B, C, H, W) and B prompts -> images, by one table or by a batch of B tables."""
+        predictor = replace(self.distilled, table=table)
+        denoise, _ = counted_denoiser(self.backend, wanted, predictor.guidance_scale)
+        return self.backend.decode(integrate(denoise, predictor, predictor.sigmas[0] * start, predictor.sigmas))
+
+    def validate(self, table: EPDTable, seed: int, samples: int) -> tuple[Tensor, float]:
+        """Rewards on the validation noise, (samples,), and the Frechet distance."""
+        wanted = prompts(range(samples))
+        start = noise(seed, "validation", range(samples), self.backend.spec.shape)
+        batches = range(0, samples, 512)
+        images = torch.cat([self.images(table, start[i : i + 512], wanted[i : i + 512]) for i in batches])
+        return self.reward(images, wanted), distance(statistics(self.frechet.features(images)), self.refs)
+
+
+def rdpo(*, seed: int, rdpo: Settings) -> None:
+    """Maximise the reward over a policy of tables; deploy the best on validation noise that is no worse in distance."""
+    with reading(BACKBONE):
+        backend = Digits.load(BACKBONE / "unet.safetensors")
+        reward = LogProbability(BACKBONE / "reward.safetensors")
+        frechet = Frechet(JUDGE, BACKBONE / "judge.safetensors")
+    with reading(REFS):
+        refs = load_statistics(REFS)
+    with reading(DISTILLED):
+        distilled = load_predictor(DISTILLED)
+    sampler = Sampler(backend, reward, frechet, refs, distilled)
+    scale_std = {"direction_scale": rdpo.direction_std, "time_scale": rdpo.time_std}
+    policy = seeded(
+        seed, "policy", lambda: Policy(distilled.table, rdpo.concentration, scale_std, rdpo.hidden, rdpo.blocks)
+    )
+    optimizer = torch.optim.AdamW(policy.parameters())
+    base_rewards, base_distance = sampler.validate(policy.mean(), seed, rdpo.validation)
+    curve: Curve = [point(0, base_rewards, base_rewards, base_distance, policy)]
+    best, chosen = policy.mean(), curve[0]
+    checkpoint = Checkpoint("rdpo", {"seed": seed, "rdpo": rdpo}, [BACKBONE, REFS, DISTILLED])
+    if (saved := checkpoint.load()) is not None:
+        tensors, values = saved
+        policy.load_state_dict(under("policy", tensors))
+        load_adam_state(optimizer, under("adam", tensors))
+        best, curve, chosen = EPDTable(**under("best", tensors)), values["curve"], values["chosen"]
+    done = int(curve[-1]["iteration"])
+    bar = progress(range(done + 1, rdpo.iterations + 1), "rdpo", "iteration", done)
+    for iteration in bar:
+        rollout = improve(policy, optimizer, sampler, seed, iteration, rdpo)
+        if iteration % rdpo.validate_every == 0 or iteration == rdpo.iterations:
+            rewards, found = sampler.validate(policy.mean(), seed, rdpo.validation)
+            curve.append(point(iteration, rewards, base_rewards, found, policy))
+            if found <= base_distance and curve[-1]["reward"] > chosen["reward"]:
+                best, chosen = policy.mean(), curve[-1]
+            bar.set_postfix(reward=f"{curve[-1]['reward']:.4f}", frechet=f"{found:.3f}", rollout=f"{rollout:.3f}")
+            parts = {"policy": policy.state_dict(), "adam": adam_state(optimizer), "best": asdict(best)}
+            checkpoint.save(parts, {"curve": curve, "chosen": chosen})
+    provenance = {
+        "stage": "rdpo",
+        "parameters": rdpo.model_dump(),
+        "seed": seed,
+        "parent_sha256": sha256(DISTILLED),
+        "metrics": {**chosen, "distilled_frechet_distance": base_distance, "n": rdpo.validation},
+    }
+    write_csv(RESULTS / "rdpo.csv", curve)
+    with atomic(RDPO) as folder:
+        folder.mkdir()
+        save_predictor(replace(distilled, table=best, provenance=provenance), folder)
+    checkpoint.remove()
+
+
+def improve(
+    policy: Policy, optimizer: torch.optim.Optimizer, sampler: Sampler, seed: int, iteration: int, rdpo: Settings
+) -> float:
+    """One rollout and the gradient steps it allows (PPO's clipped objective and a KL term); returns its mean reward."""
+    samples = range(iteration * rdpo.groups, (iteration + 1) * rdpo.groups)
+    wanted = [prompt for prompt in prompts(samples) for _ in range(rdpo.tables)]
+    start = noise(seed, "train", samples, sampler.backend.spec.shape).repeat_interleave(rdpo.tables, 0)
+    draw = policy.draw(rng(seed, "rdpo", iteration), len(wanted))
+    rewards = sampler.reward(sampler.images(policy.table(draw), start, wanted), wanted)
+    advantage = leave_one_out(rewards.view(rdpo.groups, rdpo.tables)).flatten()
+    old = policy.log_prob(draw).detach()
+    warmup = min(1.0, iteration / rdpo.warmup) if rdpo.warmup else 1.0
+    for _ in range(rdpo.epochs):
+        ratio = (policy.log_prob(draw) - old).exp()
+        clipped = ratio.clamp(1 - rdpo.clip, 1 + rdpo.clip)
+        loss = torch.maximum(-advantage * ratio, -advantage * clipped).mean() + rdpo.kl * policy.kl()
+        descend(optimizer, loss, rdpo.learning_rate * warmup)
+    return rewards.mean().item()
+
+
+def leave_one_out(rewards: Tensor) -> Tensor:
+    """Rewards (groups, tables) less the mean of the others in their group, over the standard deviation of them all."""
+    advantage = (rewards - rewards.mean(1, keepdim=True)) * rewards.shape[1] / (rewards.shape[1] - 1)
+    return advantage / advantage.std().clamp_min(1e-8)  # all rewards equal: no advantage, not a division by 0
+
+
+def point(iteration: int, rewards: Tensor, base: Tensor, found: float, policy: Policy) -> dict[str, float]:
+    """One point of the curve: reward and its paired gain over the distilled table with a 95 % interval, distance, KL."""
+    gain = rewards - base
+    return {
+        "iteration": iteration,
+        "reward": rewards.mean().item(),
+        "gain": gain.mean().item(),
+        "gain_95": 1.96 * gain.std().item() / len(gain) ** 0.5,
+        "frechet_distance": found,
+        "kl": policy.kl().item(),
+    }
+
+
+if __name__ == "__main__":
+    command(rdpo)

@@ -1,0 +1,201 @@
+"""Stage report: the samplers compared on the same prompts and noise, as a markdown table and one HTML page."""
+
+import base64
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import Environment, FileSystemLoader
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+from backends import Digits
+from stages.command import command
+from stages.files import BACKBONE, RESULTS, SAMPLES, SCORES, TIMES, atomic, read_tensors, reading
+from stages.params import Report, Sampler
+
+MARKDOWN, PAGE = RESULTS / "report.md", RESULTS / "report.html"
+BASE = "distilled"
+COLUMNS = [
+    "sampler",
+    "serial",
+    "total",
+    "FD",
+    "FD to reference",
+    "RMSE",
+    "accuracy",
+    "reward",
+    f"reward - {BASE}",
+]
+LEGEND = """\
+n = {n} test samples, the same prompts and noise for every sampler; ± is half a 95 % interval. serial, total: network evaluations
+one after the other, and rows per image. FD: Frechet distance to the real digits in the judge's features; FD to reference: to the
+reference's images. RMSE: root mean squared error to the reference on the same noise. accuracy: by the judge, which is never a
+reward. reward: log-probability of the wanted digit by another classifier. Last column: paired difference, 95 % interval."""
+
+
+def report(*, samplers: dict[str, Sampler], report: Report) -> None:
+    """Write results/report.md, and results/report.html, which also holds pictures, curves and the stages' times.
+
+    The page is not an output for DVC to keep: times differ from run to run.
+    """
+    results, scores = {}, {}
+    for name in samplers:
+        with reading(RESULTS / f"{name}.json") as file:
+            results[name] = json.loads(file.read_text())
+        with reading(SCORES / f"{name}.safetensors") as file:
+            scores[name], _ = read_tensors(file)
+    rows = [row(name, results[name], scores[name], scores[BASE]) for name in samplers]
+    legend = LEGEND.format(n=results[BASE]["n"])
+    findings = compare(results, scores, [name for name, sampler in samplers.items() if sampler.solver != "predictor"])
+    text = "\n".join([markdown_table(COLUMNS, rows), "", legend, "", *(f"- {finding}" for finding in findings), ""])
+    with atomic(MARKDOWN) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    times = stage_times()
+    page = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True).get_template("report.html")
+    html = page.render(
+        columns=COLUMNS,
+        rows=rows,
+        legend=legend,
+        findings=findings,
+        pictures={name: picture(name, report.pictures) for name in samplers},
+        curves=[distillation_curve(), rdpo_curve()],
+        times=times,
+    )
+    with atomic(PAGE) as temporary:
+        temporary.write_text(html, encoding="utf-8")
+    print(text)
+    print(markdown_table(["stage", "seconds", "peak memory (MB)"], times))
+    print(f"\n{PAGE}")
+
+
+def row(name: str, result: dict[str, Any], scores: dict[str, Tensor], base: dict[str, Tensor]) -> list[str]:
+    """One line of the table."""
+
+    def cell(key: str, digits: int) -> str:
+        return f"{result[key]:.{digits}f} ± {1.96 * result[f'{key}_se']:.{digits}f}"
+
+    reference = name == "reference"
+    return [
+        name,
+        str(result["serial_evaluations"]),
+        f"{result['total_evaluations']:g}",
+        cell("frechet_distance", 2),
+        "0" if reference else cell("distance_to_reference", 3),
+        "0" if reference else cell("rmse", 4),
+        cell("accuracy", 4),
+        cell("reward", 4),
+        "0" if name == BASE else interval(*paired(scores["reward"], base["reward"]), 4),
+    ]
+
+
+def compare(results: dict[str, Any], scores: dict[str, dict[str, Tensor]], classical: list[str]) -> list[str]:
+    """The two comparisons that the table is made for."""
+    rival = min((name for name in classical if name != "reference"), key=lambda name: results[name]["rmse"])
+    ratio = results[BASE]["rmse"] / results[rival]["rmse"]
+    ratios = scores[BASE]["rmse_bootstrap"] / scores[rival]["rmse_bootstrap"]
+    spread = 1.96 * ratios.std().item()
+    findings = [
+        f"{BASE} has {ratio:.2f} ± {spread:.2f} times the RMSE of {rival}, the best of the classical samplers here in that, at "
+        f"{results[BASE]['serial_evaluations']} serial evaluations each "
+        f"(total: {results[BASE]['total_evaluations']:g} against {results[rival]['total_evaluations']:g})."
+    ]
+    distances = [scores[name]["frechet_distance_bootstrap"] for name in ("rdpo", BASE)]
+    change = results["rdpo"]["frechet_distance"] - results[BASE]["frechet_distance"]
+    half = 1.96 * (distances[0] - distances[1]).std().item()
+    gain = interval(*paired(scores["rdpo"]["reward"], scores[BASE]["reward"]), 4)
+    accuracy = interval(*paired(scores["rdpo"]["accuracy"], scores[BASE]["accuracy"]), 4)
+    findings.append(
+        f"rdpo less {BASE}, paired: reward {gain}, FD {interval(change, half, 3)}, accuracy by the judge {accuracy}."
+    )
+    return findings
+
+
+def paired(values: Tensor, base: Tensor) -> tuple[float, float]:
+    """Mean of the differences (n,) and half its 95 % interval."""
+    difference = values - base
+    return difference.mean().item(), 1.96 * difference.std().item() / len(difference) ** 0.5
+
+
+def interval(middle: float, half: float, digits: int) -> str:
+    """A 95 % interval in words."""
+    return f"{middle:+.{digits}f} [{middle - half:+.{digits}f}, {middle + half:+.{digits}f}]"
+
+
+def markdown_table(columns: list[str], rows: list[list[str]]) -> str:
+    """A table in markdown, its columns aligned."""
+    widths = [max(len(line[i]) for line in [columns, *rows]) for i in range(len(columns))]
+    lines = [columns, ["-" * width for width in widths], *rows]
+    return "\n".join("| " + " | ".join(f"{c:<{w}}" for c, w in zip(line, widths, strict=True)) + " |" for line in lines)
+
+
+def stage_times() -> list[list[str]]:
+    """Each stage's seconds and peak memory, as measured when it last ran here; the longest first."""
+    found = [(file.stem, json.loads(file.read_text())) for file in TIMES.glob("*.json")]
+    found.sort(key=lambda item: -item[1]["seconds"])
+    lines = [[name, f"{time['seconds']:.1f}", f"{time['peak_memory_mb']}"] for name, time in found]
+    return [*lines, ["total", f"{sum(time['seconds'] for _, time in found):.1f}", ""]]
+
+
+def picture(sampler: str, count: int) -> str:
+    """The first images of a sampler's archive side by side, as a PNG for an HTML page."""
+    with reading(SAMPLES / f"{sampler}.safetensors") as file:
+        images = Digits.decode(read_tensors(file)[0]["states"][:count])
+    strip = torch.cat([torch.nn.functional.pad(image, (0, 1)) for image in images[:, 0]], 1)
+    buffer = io.BytesIO()
+    Image.fromarray((strip * 255).round().to(torch.uint8).numpy()).save(buffer, "png")
+    return embedded(buffer.getvalue(), "image/png")
+
+
+def distillation_curve() -> str:
+    """Training and validation error by iteration."""
+    points = read_csv(RESULTS / "distill.csv")
+    figure = Figure(figsize=(5.5, 3.6), layout="constrained")
+    axes = figure.add_subplot(title="Distillation", xlabel="iteration", ylabel="RMSE to the teacher")
+    for key, label in (("train_rmse", "training batch"), ("validation_rmse", "validation")):
+        axes.plot([p["iteration"] for p in points], [p[key] for p in points], marker=".", label=label)
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    return svg(figure)
+
+
+def rdpo_curve() -> str:
+    """Reward against Frechet distance on validation noise, the deployed table marked."""
+    points = read_csv(RESULTS / "rdpo.csv")
+    figure = Figure(figsize=(5.5, 3.6), layout="constrained")
+    axes = figure.add_subplot(title="RDPO, validation", xlabel="FD to the real digits", ylabel="mean reward")
+    axes.errorbar(
+        [p["frechet_distance"] for p in points], [p["reward"] for p in points], [p["gain_95"] for p in points], marker="."
+    )
+    axes.axvline(points[0]["frechet_distance"], color="grey", linestyle=":", label="FD of the distilled table")
+    eligible = [p for p in points if p["frechet_distance"] <= points[0]["frechet_distance"]]
+    deployed = max(eligible, key=lambda p: p["reward"])
+    axes.plot(deployed["frechet_distance"], deployed["reward"], "o", label=f"deployed: iteration {deployed['iteration']:g}")
+    axes.legend()
+    return svg(figure)
+
+
+def read_csv(path: Path) -> list[dict[str, float]]:
+    """The rows of a curve."""
+    with reading(path), path.open(encoding="utf-8") as file:
+        return [{key: float(value) for key, value in line.items()} for line in csv.DictReader(file)]
+
+
+def svg(figure: Figure) -> str:
+    """A figure as an image for an HTML page."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg")
+    return embedded(buffer.getvalue(), "image/svg+xml")
+
+
+def embedded(data: bytes, kind: str) -> str:
+    """A data URL."""
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+if __name__ == "__main__":
+    command(report)

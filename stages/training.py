@@ -1,0 +1,50 @@
+"""What the stages that learn have in common. Every random number depends on (seed, what for, iteration), never on history."""
+
+import math
+import zlib
+from collections.abc import Callable
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+T = TypeVar("T")
+
+
+def rng(seed: int, purpose: str, iteration: int = 0) -> np.random.Generator:
+    """The random numbers of one iteration of one piece of work."""
+    return np.random.default_rng([seed, zlib.crc32(purpose.encode()), iteration])
+
+
+def generator(seed: int, purpose: str, iteration: int = 0) -> torch.Generator:
+    """The same for torch."""
+    return torch.Generator().manual_seed(int(rng(seed, purpose, iteration).integers(2**63)))
+
+
+def seeded(seed: int, purpose: str, build: Callable[[], T]) -> T:
+    """What `build` makes with torch's global generator seeded for it; the generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator(seed, purpose).initial_seed())
+        return build()
+
+
+def cosine(iteration: int, iterations: int) -> float:
+    """Share of the learning rate: from 1 at the first iteration towards 0 at the last."""
+    return 0.5 * (1 + math.cos(math.pi * iteration / iterations))
+
+
+def descend(optimizer: torch.optim.Optimizer, loss: Tensor, learning_rate: float) -> None:
+    """One step down the gradient of a loss, clipped to norm 1.
+
+    Raises:
+        FloatingPointError: the loss is not finite.
+    """
+    if not bool(loss.isfinite()):
+        raise FloatingPointError(f"loss: {loss.item()}; valid: a finite number")
+    group = optimizer.param_groups[0]
+    group["lr"] = learning_rate
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(group["params"], 1.0)
+    optimizer.step()
