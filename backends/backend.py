@@ -39,9 +39,7 @@ class Backend(Protocol):
         ...
 
 
-def counted_denoiser(
-    backend: Backend, prompts: Sequence[str], guidance_scale: float
-) -> tuple[Denoiser, Counter]:
+def counted_denoiser(backend: Backend, prompts: Sequence[str], guidance_scale: float) -> tuple[Denoiser, Counter]:
     """The guided denoiser of B prompts, and the counter of what it costs the network (twice the rows where it is guided)."""
     if guidance_scale == 1:
         counter = Counter(backend.denoiser(prompts))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, silu
 
@@ -38,25 +38,20 @@ class Digits:
         with safe_open(file, framework="pt") as tensors:
             metadata = tensors.metadata() or {}
         network = UNet(channels=int(metadata["channels"]), sigma_data=float(metadata["sigma_data"]))
-        load_model(network, file)
+        network.load_state_dict(load_file(file))
         return cls(network)
 
     def save(self, file: Path) -> None:
         """Write the network's weights and shape (safetensors)."""
-        save_model(
-            self.network,
-            str(file),
-            metadata={"channels": str(self.network.channels), "sigma_data": repr(self.network.sigma_data)},
-        )
+        metadata = {"channels": str(self.network.channels), "sigma_data": repr(self.network.sigma_data)}
+        file.write_bytes(save({k: v.contiguous() for k, v in self.network.state_dict().items()}, metadata))
 
     def denoiser(self, prompts: Sequence[str]) -> Denoiser:
         labels = labels_of(prompts)
 
         def denoise(x: Tensor, sigma: Tensor) -> Tensor:
             rows = torch.arange(len(x) + -len(x) % ROWS).clamp_max(len(x) - 1)  # the last row again, up to a full call
-            chunks = zip(
-                x[rows].split(ROWS), sigma[rows].split(ROWS), labels[rows % len(labels)].split(ROWS), strict=True
-            )
+            chunks = zip(x[rows].split(ROWS), sigma[rows].split(ROWS), labels[rows % len(labels)].split(ROWS), strict=True)
             return torch.cat([self.network(*chunk) for chunk in chunks])[: len(x)]
 
         return denoise

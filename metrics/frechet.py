@@ -8,12 +8,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
-
-import metrics.torchvision_on_cpu  # noqa: F401  torch-fidelity imports torchvision
-from metrics.classifier import Classifier
 from torch_fidelity import FeatureExtractorBase, register_feature_extractor
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.utils import create_feature_extractor, extract_featuresdict_from_input_id
+
+import metrics.torchvision_on_cpu  # noqa: F401  torch-fidelity imports torchvision
+from metrics.classifier import Classifier
 
 Statistics = dict[str, NDArray[np.float64]]
 """`mu` (F,) and `sigma` (F, F), as in EDM's npz files."""
@@ -24,9 +24,7 @@ JUDGE = "digits-judge"
 class JudgeFeatures(FeatureExtractorBase):
     """torch-fidelity's extractor of the digits judge: uint8 images (B, 1, 8, 8) -> last hidden layer (B, 32)."""
 
-    def __init__(
-        self, name: str, features_list: list[str], feature_extractor_weights_path: str, verbose: bool = False
-    ) -> None:
+    def __init__(self, name: str, features_list: list[str], feature_extractor_weights_path: str, verbose: bool = False) -> None:
         super().__init__(name, features_list)
         self.classifier = Classifier.load(Path(feature_extractor_weights_path))
 

@@ -1,7 +1,7 @@
 """Import this before anything that imports torchvision.
 
-The torchvision of PyPI is built for CUDA. Beside a CPU build of torch its compiled operators do not load, and `import torchvision`
-fails because two of them have no schema. Declaring the two is enough for all that does not call them.
+The torchvision of PyPI is built for CUDA. Beside a CPU build of torch its compiled operators do not load, and `import
+torchvision` fails because two of them have no schema. Declaring the two is enough for all that does not call them.
 """
 
 import importlib.util

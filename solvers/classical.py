@@ -69,9 +69,7 @@ SOLVERS: dict[str, Solver] = {
 }
 
 
-def _noise_form(
-    sigmas: Tensor, step: int, nodes: list[Tensor], stage: list[list[float]], update: list[float]
-) -> StepTable:
+def _noise_form(sigmas: Tensor, step: int, nodes: list[Tensor], stage: list[list[float]], update: list[float]) -> StepTable:
     return StepTable(
         sigma=sigmas[step],
         sigma_next=sigmas[step + 1],

@@ -1,5 +1,6 @@
 """The one loop that integrates any table."""
 
+from collections import deque
 from collections.abc import Iterator
 
 import torch
@@ -21,9 +22,7 @@ def integrate(denoise: Denoiser, solver: Solver, x: Tensor, sigmas: Tensor) -> T
     Returns:
         The state at sigmas[-1], (B, ...).
     """
-    for x in trajectory(denoise, solver, x, sigmas):
-        pass
-    return x
+    return deque(trajectory(denoise, solver, x, sigmas), maxlen=1).pop()
 
 
 def trajectory(denoise: Denoiser, solver: Solver, x: Tensor, sigmas: Tensor) -> Iterator[Tensor]:
@@ -45,9 +44,7 @@ def check_grid(sigmas: Tensor) -> None:
         raise ValueError(f"sigmas: {sigmas.tolist()}; valid: positive and strictly decreasing")
 
 
-def _advance(
-    denoise: Denoiser, table: StepTable, x: Tensor, earlier: list[Tensor]
-) -> tuple[Tensor, list[Tensor]]:
+def _advance(denoise: Denoiser, table: StepTable, x: Tensor, earlier: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """One step: the next state, and the outputs that the step after it can look back on (this step's columns)."""
     first = table.history
     if first > len(earlier):

@@ -17,8 +17,8 @@ into; `weight` (B, N, K); and those of `direction_scale` and `time_scale` (B, N,
 class Policy(nn.Module):
     """Per interval: segments ~ Dirichlet, weights ~ Dirichlet, scales ~ log-normal.
 
-    A small network gives residuals on the logarithms of the Dirichlets' concentrations, around concentration * (base table), and
-    of the scales. Its last layer starts at zero, so the policy's mean starts as the base table.
+    A small network gives residuals on the logarithms of the Dirichlets' concentrations, around concentration * (base table),
+    and of the scales. Its last layer starts at zero, so the policy's mean starts as the base table.
 
     Args:
         base: the distilled table, (N, K); its points are sorted within each interval.
@@ -27,9 +27,7 @@ class Policy(nn.Module):
         hidden, blocks: width and residual blocks of the network.
     """
 
-    def __init__(
-        self, base: EPDTable, concentration: float, scale_std: dict[str, float], hidden: int, blocks: int
-    ) -> None:
+    def __init__(self, base: EPDTable, concentration: float, scale_std: dict[str, float], hidden: int, blocks: int) -> None:
         super().__init__()
         self.base = base.sorted()
         self.scale_std = {name: std for name, std in scale_std.items() if std > 0}

@@ -20,7 +20,8 @@ def backbone(*, seed: int, backbone: Backbone) -> None:
     """Split the digits, and train the diffusion model and two classifiers on disjoint halves of the training split."""
     data = split_digits(seed, backbone.held_out)
     images, labels = data["train_images"], data["train_labels"]
-    network = train_network(seed, backbone, images, labels)
+    checkpoint = Checkpoint("backbone", {"seed": seed, "backbone": backbone}, [])
+    network = train_network(seed, backbone, images, labels, checkpoint)
     half = len(images) // 2
     reward = train_classifier(seed, "reward", backbone, images[:half], labels[:half])
     judge = train_classifier(seed, "judge", backbone, images[half:], labels[half:])
@@ -30,13 +31,13 @@ def backbone(*, seed: int, backbone: Backbone) -> None:
         Digits(network).save(folder / "unet.safetensors")
         reward.save(folder / "reward.safetensors")
         judge.save(folder / "judge.safetensors")
-    Checkpoint("backbone", {}, []).remove()
+    checkpoint.remove()
 
 
 def split_digits(seed: int, held_out: int) -> dict[str, Tensor]:
     """scikit-learn's digits as images (n, 1, 8, 8) in [0, 1] and labels (n,), split at random."""
-    bunch = load_digits()
-    images, labels = torch.from_numpy(bunch.images).float()[:, None] / 16, torch.from_numpy(bunch.target)
+    pixels, targets = load_digits(return_X_y=True)
+    images, labels = torch.tensor(pixels).float().view(-1, 1, 8, 8) / 16, torch.tensor(targets)
     order = torch.randperm(len(images), generator=generator(seed, "split"))
     train, rest = order[held_out:], order[:held_out]
     return {
@@ -47,13 +48,12 @@ def split_digits(seed: int, held_out: int) -> dict[str, Tensor]:
     }
 
 
-def train_network(seed: int, params: Backbone, images: Tensor, labels: Tensor) -> UNet:
+def train_network(seed: int, params: Backbone, images: Tensor, labels: Tensor, checkpoint: Checkpoint) -> UNet:
     """EDM's denoising loss (Karras et al. 2022, table 1); returns the moving average. Goes on from its checkpoint."""
     data = Digits.encode(images)
     build = partial(UNet, params.channels, data.std().item())
     network, average = seeded(seed, "backbone", build), seeded(seed, "backbone", build)
     optimizer = torch.optim.Adam(network.parameters(), lr=params.learning_rate)
-    checkpoint = Checkpoint("backbone", {"seed": seed, "backbone": params}, [])
     start = 0
     if (saved := checkpoint.load()) is not None:
         tensors, values = saved

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import TypeVar, get_type_hints
 
+import psutil
 import typer
 from tqdm import tqdm
 
@@ -29,20 +30,19 @@ def command(stage: Callable[..., None]) -> None:
     others = [a for a in arguments if a.kind is not inspect.Parameter.KEYWORD_ONLY]
 
     def main(**given: str) -> None:
-        start = time.perf_counter()
         name = "@".join([stage.__name__, *given.values()])
         try:
             params = load_params()
             stage(**given, **{section: getattr(params, section) for section in sections})
-            _record(name, time.perf_counter() - start)
-        except (ParamsError, InputError) as error:
+            _record(name)
+        except (ParamsError, InputError, FloatingPointError) as error:
             _fail(name, str(error))
         except KeyboardInterrupt:
             _fail(name, "interrupted; nothing is half-written, the same command goes on", INTERRUPTED)
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
-            _fail(name, f"{error.filename or 'the disk'}: no space left; free some, then the same command goes on")
+            _fail(name, f"{error.filename}: no space left; free some, then the same command goes on")
 
     main.__doc__ = stage.__doc__
     hints = get_type_hints(stage, include_extras=True)
@@ -57,7 +57,8 @@ def progress(items: Iterable[T], description: str, unit: str, done: int = 0) -> 
     return tqdm(items, desc=description, unit=unit, initial=done, mininterval=every, dynamic_ncols=True)
 
 
-def _record(name: str, seconds: float) -> None:
+def _record(name: str) -> None:
+    seconds = time.time() - psutil.Process().create_time()  # imports included: they are part of the wait
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # kB on Linux
     write_json(TIMES / f"{name}.json", {"seconds": round(seconds, 1), "peak_memory_mb": round(memory)})
 

@@ -14,13 +14,13 @@ from stages.checkpoint import Checkpoint, adam_state, load_adam_state, under
 from stages.command import command, progress
 from stages.files import BACKBONE, DISTILLED, RDPO, REFS, RESULTS, atomic, reading, sha256, write_csv
 from stages.noise import noise, prompts
-from stages.params import RDPO as Settings
+from stages.params import RDPO as RDPOParams  # noqa: N811
 from stages.training import descend, rng, seeded
 
 Curve = list[dict[str, float]]
 
 
-class Sampler:
+class Rollouts:
     """Samples with any table in place of the distilled predictor's, and scores the images."""
 
     def __init__(self, backend: Digits, reward: Scorer, frechet: Frechet, refs: Statistics, distilled: Predictor) -> None:
@@ -46,7 +46,7 @@ class Sampler:
         return self.reward(images, wanted), distance(statistics(self.frechet.features(images)), self.refs)
 
 
-def rdpo(*, seed: int, rdpo: Settings) -> None:
+def rdpo(*, seed: int, rdpo: RDPOParams) -> None:
     """Maximise the reward over a policy of tables; deploy the best on validation noise that is no worse in distance."""
     with reading(BACKBONE):
         backend = Digits.load(BACKBONE / "unet.safetensors")
@@ -56,13 +56,11 @@ def rdpo(*, seed: int, rdpo: Settings) -> None:
         refs = load_statistics(REFS)
     with reading(DISTILLED):
         distilled = load_predictor(DISTILLED)
-    sampler = Sampler(backend, reward, frechet, refs, distilled)
+    rollouts = Rollouts(backend, reward, frechet, refs, distilled)
     scale_std = {"direction_scale": rdpo.direction_std, "time_scale": rdpo.time_std}
-    policy = seeded(
-        seed, "policy", lambda: Policy(distilled.table, rdpo.concentration, scale_std, rdpo.hidden, rdpo.blocks)
-    )
+    policy = seeded(seed, "policy", lambda: Policy(distilled.table, rdpo.concentration, scale_std, rdpo.hidden, rdpo.blocks))
     optimizer = torch.optim.AdamW(policy.parameters())
-    base_rewards, base_distance = sampler.validate(policy.mean(), seed, rdpo.validation)
+    base_rewards, base_distance = rollouts.validate(policy.mean(), seed, rdpo.validation)
     curve: Curve = [point(0, base_rewards, base_rewards, base_distance, policy)]
     best, chosen = policy.mean(), curve[0]
     checkpoint = Checkpoint("rdpo", {"seed": seed, "rdpo": rdpo}, [BACKBONE, REFS, DISTILLED])
@@ -74,13 +72,13 @@ def rdpo(*, seed: int, rdpo: Settings) -> None:
     done = int(curve[-1]["iteration"])
     bar = progress(range(done + 1, rdpo.iterations + 1), "rdpo", "iteration", done)
     for iteration in bar:
-        rollout = improve(policy, optimizer, sampler, seed, iteration, rdpo)
+        mean = improve(policy, optimizer, rollouts, seed, iteration, rdpo)
         if iteration % rdpo.validate_every == 0 or iteration == rdpo.iterations:
-            rewards, found = sampler.validate(policy.mean(), seed, rdpo.validation)
+            rewards, found = rollouts.validate(policy.mean(), seed, rdpo.validation)
             curve.append(point(iteration, rewards, base_rewards, found, policy))
             if found <= base_distance and curve[-1]["reward"] > chosen["reward"]:
                 best, chosen = policy.mean(), curve[-1]
-            bar.set_postfix(reward=f"{curve[-1]['reward']:.4f}", frechet=f"{found:.3f}", rollout=f"{rollout:.3f}")
+            bar.set_postfix(reward=f"{curve[-1]['reward']:.4f}", frechet=f"{found:.3f}", rollout=f"{mean:.3f}")
             parts = {"policy": policy.state_dict(), "adam": adam_state(optimizer), "best": asdict(best)}
             checkpoint.save(parts, {"curve": curve, "chosen": chosen})
     provenance = {
@@ -98,14 +96,14 @@ def rdpo(*, seed: int, rdpo: Settings) -> None:
 
 
 def improve(
-    policy: Policy, optimizer: torch.optim.Optimizer, sampler: Sampler, seed: int, iteration: int, rdpo: Settings
+    policy: Policy, optimizer: torch.optim.Optimizer, rollouts: Rollouts, seed: int, iteration: int, rdpo: RDPOParams
 ) -> float:
     """One rollout and the gradient steps it allows (PPO's clipped objective and a KL term); returns its mean reward."""
     samples = range(iteration * rdpo.groups, (iteration + 1) * rdpo.groups)
     wanted = [prompt for prompt in prompts(samples) for _ in range(rdpo.tables)]
-    start = noise(seed, "train", samples, sampler.backend.spec.shape).repeat_interleave(rdpo.tables, 0)
+    start = noise(seed, "train", samples, rollouts.backend.spec.shape).repeat_interleave(rdpo.tables, 0)
     draw = policy.draw(rng(seed, "rdpo", iteration), len(wanted))
-    rewards = sampler.reward(sampler.images(policy.table(draw), start, wanted), wanted)
+    rewards = rollouts.reward(rollouts.images(policy.table(draw), start, wanted), wanted)
     advantage = leave_one_out(rewards.view(rdpo.groups, rdpo.tables)).flatten()
     old = policy.log_prob(draw).detach()
     warmup = min(1.0, iteration / rdpo.warmup) if rdpo.warmup else 1.0

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from backends import Digits
 from stages.command import command
-from stages.files import BACKBONE, RESULTS, SAMPLES, SCORES, TIMES, atomic, read_tensors, reading
+from stages.files import RESULTS, SAMPLES, SCORES, TIMES, atomic, read_tensors, reading
 from stages.params import Report, Sampler
 
 MARKDOWN, PAGE = RESULTS / "report.md", RESULTS / "report.html"
@@ -32,10 +32,11 @@ COLUMNS = [
     f"reward - {BASE}",
 ]
 LEGEND = """\
-n = {n} test samples, the same prompts and noise for every sampler; ± is half a 95 % interval. serial, total: network evaluations
-one after the other, and rows per image. FD: Frechet distance to the real digits in the judge's features; FD to reference: to the
-reference's images. RMSE: root mean squared error to the reference on the same noise. accuracy: by the judge, which is never a
-reward. reward: log-probability of the wanted digit by another classifier. Last column: paired difference, 95 % interval."""
+n = {n} test samples, the same prompts and noise for every sampler; ± is half a 95 % interval.
+serial, total: evaluations of the network one after the other, and rows per image. FD: Frechet distance to the real digits in the
+judge's features; FD to reference: to the reference's images. RMSE: root mean squared error to the reference on the same noise.
+accuracy: by the judge, which is never a reward. reward: log-probability of the wanted digit by another classifier; last column:
+paired difference with its 95 % interval."""
 
 
 def report(*, samplers: dict[str, Sampler], report: Report) -> None:

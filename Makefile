@@ -1,0 +1,47 @@
+# Two commands: `make run` gives the table, `make test` checks everything. Both install what they need, once.
+PYTHON ?= python3.11
+VENV := .venv
+INSTALLED := $(VENV)/.installed-$(shell cat pyproject.toml requirements.lock | cksum | cut -d' ' -f1)
+TORCH := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
+UV := uv==0.13.8
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: run test install params lock clean
+
+run: install
+	python -m stages.params
+	dvc repro --quiet
+	@test -f results/report.html || dvc repro --quiet --force --single-item report
+	@cat results/report.md
+	@echo "Report: results/report.html"
+
+test: install
+	ruff check .
+	ruff format --check .
+	pyright
+	lint-imports
+	pytest
+
+install: $(INSTALLED)
+
+# torch comes by pip, which takes the machine's own wheel where there is one; the lock holds everything else
+$(INSTALLED):
+	$(PYTHON) -m venv $(VENV)
+	pip install --quiet --disable-pip-version-check $(UV) $(TORCH)
+	uv pip install --quiet --no-deps --requirement requirements.lock
+	uv pip install --quiet --no-deps --editable .
+	rm -f $(VENV)/.installed-*
+	touch $@
+
+# params.yaml as conf/ composes it, with conf's comments
+params: install
+	@(sed '/^defaults:/,/^$$/d' conf/config.yaml; echo; sed '/^# @package/,/^$$/d' conf/backbone/digits.yaml) > params.yaml
+	python -m stages.params
+
+lock: install
+	uv pip compile pyproject.toml --group dev --no-emit-package torch --no-header --no-annotate --no-emit-find-links \
+		$(if $(PIP_FIND_LINKS),--find-links "$(PIP_FIND_LINKS)") --quiet --output-file requirements.lock
+
+clean:
+	rm -rf $(VENV) data models results/report.html
