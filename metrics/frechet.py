@@ -12,7 +12,6 @@ from torch_fidelity import FeatureExtractorBase, register_feature_extractor
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.utils import create_feature_extractor, extract_featuresdict_from_input_id
 
-import metrics.torchvision_on_cpu  # noqa: F401  torch-fidelity imports torchvision
 from metrics.classifier import Classifier
 
 Statistics = dict[str, NDArray[np.float64]]

@@ -1,4 +1,4 @@
-"""Import this before anything that imports torchvision.
+"""Makes `import torchvision` work beside a CPU build of torch; to be imported before it.
 
 The torchvision of PyPI is built for CUDA. Beside a CPU build of torch its compiled operators do not load, and `import
 torchvision` fails because two of them have no schema. Declaring the two is enough for all that does not call them.

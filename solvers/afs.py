@@ -11,8 +11,8 @@ from solvers.table import Solver, StepTable
 class AFS:
     """Any solver, with its very first evaluation replaced by d = x / sqrt(1 + sigma^2), which needs no network call.
 
-    Exact for Gaussian data of zero mean and unit variance, and close at large sigma for any data (Dockhorn et al. 2022,
-    GENIE, section 4).
+    The direction points away from the data's mean 0, which is all that counts at large sigma (Dockhorn et al. 2022, GENIE). For
+    Gaussian data of unit variance the exact one is x sigma / (1 + sigma^2): this is larger by a factor 1 + 1 / (2 sigma^2).
     """
 
     solver: Solver

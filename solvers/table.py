@@ -27,8 +27,7 @@ class StepTable:
         stage: coefficients of each evaluation's state, (*S, E, H + E). Row i may use columns before H + i only.
         update: coefficients of the next state, (*S, H + E).
         time_scale: factor on the noise level that the network is shown, (*S, E).
-        analytic_first: evaluation 0, at x itself, is not the network's but that of unit Gaussian data:
-            d = x / sqrt(1 + sigma^2).
+        analytic_first: evaluation 0, at x itself, is not the network's but d = x / sqrt(1 + sigma^2).
     """
 
     sigma: Tensor

@@ -1,18 +1,20 @@
 """The command line of every stage: `python -m stages.NAME`."""
 
 import errno
+import fcntl
 import inspect
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar, get_type_hints
 
 import psutil
 import typer
 from tqdm import tqdm
 
-from stages.files import TIMES, InputError, write_json
+from stages.files import LOCKS, TIMES, InputError, write_json
 from stages.params import ParamsError, load_params
 
 T = TypeVar("T")
@@ -33,8 +35,9 @@ def command(stage: Callable[..., None]) -> None:
         name = "@".join([stage.__name__, *given.values()])
         try:
             params = load_params()
-            stage(**given, **{section: getattr(params, section) for section in sections})
-            _record(name)
+            with _alone(name):
+                stage(**given, **{section: getattr(params, section) for section in sections})
+                _record(name)
         except (ParamsError, InputError, FloatingPointError) as error:
             _fail(name, str(error))
         except KeyboardInterrupt:
@@ -55,6 +58,19 @@ def progress(items: Iterable[T], description: str, unit: str, done: int = 0) -> 
     """The items, with a progress bar on standard error; `done` of them were made in an earlier run."""
     every = 0.2 if sys.stderr.isatty() else 10.0
     return tqdm(items, desc=description, unit=unit, initial=done, mininterval=every, dynamic_ncols=True)
+
+
+@contextmanager
+def _alone(name: str) -> Iterator[None]:
+    """Wait until no other process runs the stage here: one may have outlived the pipeline that started it."""
+    LOCKS.mkdir(parents=True, exist_ok=True)
+    with (LOCKS / name).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            typer.echo(f"stage {name}: waiting for another process that runs it", err=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _record(name: str) -> None:

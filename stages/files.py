@@ -24,8 +24,9 @@ TEACHER = Path("data/teacher.safetensors")
 SAMPLES = Path("data/samples")
 SCORES = Path("data/scores")
 RESULTS = Path("results")
-CHECKPOINTS = Path("data/checkpoints")  # neither these two
-TIMES = Path("data/times")  # are outputs: what they hold differs from run to run
+CHECKPOINTS = Path("data/checkpoints")  # none of these three
+LOCKS = Path("data/locks")  # is an output:
+TIMES = Path("data/times")  # what they hold differs from run to run
 
 MADE_BY = {
     BACKBONE: "backbone",

@@ -33,10 +33,10 @@ COLUMNS = [
 ]
 LEGEND = """\
 n = {n} test samples, the same prompts and noise for every sampler; ± is half a 95 % interval.
-serial, total: evaluations of the network one after the other, and rows per image. FD: Frechet distance to the real digits in the
-judge's features; FD to reference: to the reference's images. RMSE: root mean squared error to the reference on the same noise.
-accuracy: by the judge, which is never a reward. reward: log-probability of the wanted digit by another classifier; last column:
-paired difference with its 95 % interval."""
+serial, total: evaluations of the network one after the other, and rows per image. FD: Frechet distance to the real digits in
+the judge's features; FD to reference: to the reference's images. RMSE: root mean squared error to the reference on the same
+noise. accuracy: by the judge, which is never a reward. reward: log-probability of the wanted digit by another classifier; last
+column: paired difference with its 95 % interval."""
 
 
 def report(*, samplers: dict[str, Sampler], report: Report) -> None:
