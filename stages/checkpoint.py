@@ -34,17 +34,15 @@ class Checkpoint:
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The tensors and the values saved last, or None where there is nothing to go on from."""
         try:
-            tensors, metadata = read_tensors(self.path)
+            tensors, saved = read_tensors(self.path)
         except (FileNotFoundError, SafetensorError):
             return None
-        if metadata.get("fingerprint") != self.fingerprint:
-            return None
-        return tensors, json.loads(metadata["values"])
+        return (tensors, saved["values"]) if saved.get("fingerprint") == self.fingerprint else None
 
     def save(self, parts: Mapping[str, Mapping[str, Tensor]], values: dict[str, Any]) -> None:
         """Replace the checkpoint, atomically; tensor t of part p is loaded as `p.t`."""
         tensors = {f"{part}.{name}": tensor for part, named in parts.items() for name, tensor in named.items()}
-        write_tensors(self.path, tensors, {"fingerprint": self.fingerprint, "values": json.dumps(values)})
+        write_tensors(self.path, tensors, {"fingerprint": self.fingerprint, "values": values})
 
     def remove(self) -> None:
         """Forget it: the work is done."""

@@ -44,8 +44,7 @@ def evaluate(sampler: str, *, evaluate: Evaluate) -> None:
     }
     results = {
         "n": len(states),
-        "serial_evaluations": int(cost["serial_evaluations"]),
-        "total_evaluations": float(cost["total_evaluations"]),
+        **cost,
         "frechet_distance": distance(statistics(features), refs),
         "frechet_distance_se": scores["frechet_distance_bootstrap"].std().item(),
         "distance_to_reference": distance(statistics(features), reference_statistics),
@@ -61,7 +60,7 @@ def evaluate(sampler: str, *, evaluate: Evaluate) -> None:
     write_json(RESULTS / f"{sampler}.json", results)
 
 
-def archive(path: Path) -> tuple[Tensor, dict[str, str]]:
+def archive(path: Path) -> tuple[Tensor, dict[str, float]]:
     """Final states (n, C, H, W) of one sampler and what they cost."""
     with reading(path):
         tensors, cost = read_tensors(path)

@@ -82,16 +82,18 @@ def atomic(path: Path) -> Iterator[Path]:
         _remove(temporary)
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a safetensors file and its metadata."""
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a safetensors file, and the values written with them."""
     with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        values = json.loads((file.metadata() or {}).get("values", "{}"))
+        return {name: file.get_tensor(name) for name in file.keys()}, values  # noqa: SIM118
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file atomically."""
+def write_tensors(path: Path, tensors: dict[str, Tensor], values: dict[str, Any] | None = None) -> None:
+    """Write a safetensors file atomically, with JSON values in its header: in one entry, since it orders entries at random."""
     with atomic(path) as temporary:
-        temporary.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata))
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        temporary.write_bytes(save(contiguous, {"values": json.dumps(values or {})}))
 
 
 def write_json(path: Path, value: Any) -> None:

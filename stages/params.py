@@ -147,6 +147,18 @@ class Params(Section):
     report: Report
 
     @model_validator(mode="after")
+    def _samplers_can_match_the_serial_evaluations(self) -> "Params":
+        for name, sampler in self.samplers.items():
+            if not isinstance(sampler, Classical) or sampler.solver not in ("heun", "dpm_solver_2"):
+                continue  # one evaluation per step makes any number of them
+            if sampler.num_steps is None and sampler.afs != self.afs:
+                raise ValueError(
+                    f"samplers.{name}.afs: found {sampler.afs}; valid: {self.afs} like afs, or its serial evaluations are odd "
+                    "where the learned table's are even; or a num_steps of its own"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _has_the_compared_samplers(self) -> "Params":
         missing = sorted({"reference", "distilled", "rdpo"} - set(self.samplers))
         if missing:
@@ -188,7 +200,7 @@ def _explain(found: Any, detail: ErrorDetails) -> str:
         case "missing":
             return f"{'.'.join([*path, str(detail['loc'][-1])])}: missing; valid: a value, as explained in conf/"
         case "value_error":
-            return f"{'.'.join(path) or 'top level'}: {detail['msg'].removeprefix('Value error, ')}"
+            return ": ".join([*filter(None, [".".join(path)]), detail["msg"].removeprefix("Value error, ")])
         case "union_tag_invalid" | "union_tag_not_found":
             context = detail.get("ctx", {})
             valid = f"{context['discriminator']} one of {context.get('expected_tags', 'those explained in conf/')}"

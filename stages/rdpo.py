@@ -88,7 +88,7 @@ def rdpo(*, seed: int, rdpo: RDPOParams) -> None:
         "parent_sha256": sha256(DISTILLED),
         "metrics": {**chosen, "distilled_frechet_distance": base_distance, "n": rdpo.validation},
     }
-    write_csv(RESULTS / "rdpo.csv", curve)
+    write_csv(RESULTS / "rdpo.csv", [{**p, "deployed": int(p == chosen)} for p in curve])
     with atomic(RDPO) as folder:
         folder.mkdir()
         save_predictor(replace(distilled, table=best, provenance=provenance), folder)

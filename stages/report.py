@@ -4,6 +4,7 @@ import base64
 import csv
 import io
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def report(*, samplers: dict[str, Sampler], report: Report) -> None:
     text = "\n".join([markdown_table(COLUMNS, rows), "", legend, "", *(f"- {finding}" for finding in findings), ""])
     with atomic(MARKDOWN) as temporary:
         temporary.write_text(text, encoding="utf-8")
-    times = stage_times()
+    times = stage_times(samplers)
     page = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True).get_template("report.html")
     html = page.render(
         columns=COLUMNS,
@@ -134,9 +135,12 @@ def markdown_table(columns: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(f"{c:<{w}}" for c, w in zip(line, widths, strict=True)) + " |" for line in lines)
 
 
-def stage_times() -> list[list[str]]:
-    """Each stage's seconds and peak memory, as measured when it last ran here; the longest first."""
-    found = [(file.stem, json.loads(file.read_text())) for file in TIMES.glob("*.json")]
+def stage_times(samplers: Iterable[str]) -> list[list[str]]:
+    """Seconds and peak memory of the stages before this one, as measured when each last ran here; the longest first."""
+    names = ["backbone", "refs", "teacher", "distill", "rdpo"]
+    names += [f"{stage}@{sampler}" for stage in ("sample", "evaluate") for sampler in samplers]
+    files = {name: TIMES / f"{name}.json" for name in names}
+    found = [(name, json.loads(file.read_text())) for name, file in files.items() if file.exists()]
     found.sort(key=lambda item: -item[1]["seconds"])
     lines = [[name, f"{time['seconds']:.1f}", f"{time['peak_memory_mb']}"] for name, time in found]
     return [*lines, ["total", f"{sum(time['seconds'] for _, time in found):.1f}", ""]]
@@ -173,8 +177,7 @@ def rdpo_curve() -> str:
         [p["frechet_distance"] for p in points], [p["reward"] for p in points], [p["gain_95"] for p in points], marker="."
     )
     axes.axvline(points[0]["frechet_distance"], color="grey", linestyle=":", label="FD of the distilled table")
-    eligible = [p for p in points if p["frechet_distance"] <= points[0]["frechet_distance"]]
-    deployed = max(eligible, key=lambda p: p["reward"])
+    (deployed,) = (p for p in points if p["deployed"])
     axes.plot(deployed["frechet_distance"], deployed["reward"], "o", label=f"deployed: iteration {deployed['iteration']:g}")
     axes.legend()
     return svg(figure)

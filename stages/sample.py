@@ -45,7 +45,7 @@ def sample(
         serial.add(batch_serial)
         rows += batch_rows
     (serial_evaluations,) = serial
-    cost = {"serial_evaluations": str(serial_evaluations), "total_evaluations": repr(rows / sample.images)}
+    cost = {"serial_evaluations": serial_evaluations, "total_evaluations": rows / sample.images}
     write_tensors(SAMPLES / f"{sampler}.safetensors", {"states": torch.cat(states)}, cost)
 
 

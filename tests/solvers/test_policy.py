@@ -45,7 +45,7 @@ def test_log_probability_is_scipys(policy: Policy) -> None:
                 expected += stats.dirichlet(alpha).logpdf(draw[name][i, n].numpy())
             for name, std in STD.items():
                 loc = parts[name].base_dist.loc[n].detach().numpy()  # type: ignore[attr-defined]
-                expected += stats.lognorm(std, scale=np.exp(loc)).logpdf(draw[name][i, n].numpy()).sum()
+                expected += stats.lognorm.logpdf(draw[name][i, n].numpy(), std, scale=np.exp(loc)).sum()
         assert found[i].item() == pytest.approx(expected, rel=1e-9)
 
 

@@ -1,0 +1,81 @@
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+
+Workspace = Callable[[dict[str, Any]], Path]
+
+
+def small() -> dict[str, Any]:
+    """The repository's parameters, cut down to seconds."""
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params["backbone"] |= {"channels": 16, "iterations": 60, "batch_size": 32, "checkpoint_every": 20}
+    params["backbone"] |= {"classifier_iterations": 60}
+    params["teacher"] |= {"extra_nodes": 1, "train": 64, "validation": 32}
+    params["distill"] |= {"iterations": 6, "batch_size": 16, "validate_every": 2}
+    params["rdpo"] |= {"groups": 4, "tables": 4, "iterations": 6, "warmup": 2, "validation": 100, "learning_rate": 1e-4}
+    params["samplers"] = {name: params["samplers"][name] for name in ("reference", "euler", "heun", "distilled", "rdpo")}
+    params["samplers"]["reference"]["num_steps"] = 5
+    params["sample"] |= {"images": 100, "batch_size": 64}
+    params["evaluate"] |= {"bootstrap": 20}
+    return params
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
+    """Makes an empty folder with these parameters the working directory."""
+
+    def make(params: dict[str, Any]) -> Path:
+        (tmp_path / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+        monkeypatch.chdir(tmp_path)
+        return tmp_path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which every stage has run with small parameters."""
+    from stages.params import load_params
+
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "params.yaml").write_text(yaml.safe_dump(small(), sort_keys=False))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        params = load_params()
+        for stage, sampler in plan(list(params.samplers)):
+            run(stage, sampler)
+    return folder
+
+
+@pytest.fixture
+def upstream(finished: Path, workspace: Workspace) -> Path:
+    """A copy of it, to spoil."""
+    folder = workspace(small())
+    shutil.copytree(finished, folder, dirs_exist_ok=True)
+    return folder
+
+
+def plan(samplers: list[str]) -> list[tuple[str, list[str]]]:
+    """The stages in order, with their arguments."""
+    first = [(stage, []) for stage in ("backbone", "refs", "teacher", "distill", "rdpo")]
+    each = [(stage, [sampler]) for stage in ("sample", "evaluate") for sampler in samplers]
+    return [*first, *each, ("report", [])]
+
+
+def run(stage: str, arguments: list[str]) -> None:
+    """A stage in this process, with its sections of the params.yaml that lies here."""
+    import importlib
+    import inspect
+
+    from stages.params import load_params
+
+    function = getattr(importlib.import_module(f"stages.{stage}"), stage)
+    params = load_params()
+    sections = [p.name for p in inspect.signature(function).parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    function(*arguments, **{name: getattr(params, name) for name in sections})

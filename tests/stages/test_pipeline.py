@@ -1,0 +1,259 @@
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from backends import Digits
+from solvers import load_predictor
+from stages.noise import SPLITS, noise
+from stages.sample import classical_solver
+
+from .conftest import Workspace, run, small
+
+SAMPLERS = ["reference", "euler", "heun", "distilled", "rdpo"]
+
+
+def hashes(folder: Path, *names: str) -> dict[str, str]:
+    files = [file for name in names for file in ([folder / name] if (folder / name).is_file() else (folder / name).rglob("*"))]
+    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()}
+
+
+def test_the_report_has_a_row_for_every_sampler(finished: Path) -> None:
+    lines = (finished / "results/report.md").read_text().splitlines()
+    rows = {cells[0]: cells for cells in ([c.strip() for c in line.strip("|").split("|")] for line in lines[2:7])}
+    assert list(rows) == SAMPLERS
+    cost = {name: (int(row[1]), float(row[2])) for name, row in rows.items()}
+    assert cost == {"reference": (8, 8), "euler": (5, 5), "heun": (5, 5), "distilled": (5, 8), "rdpo": (5, 8)}
+    assert all("±" in cell for cell in rows["euler"][3:8])
+    assert "[" in rows["euler"][8]
+    assert "n = 100 test samples" in "\n".join(lines)
+    page = (finished / "results/report.html").read_text()
+    assert page.count("data:image/png;base64,") == len(SAMPLERS)
+    assert page.count("data:image/svg+xml;base64,") == 2
+    assert "http://" not in page
+    assert "https://" not in page
+
+
+def test_results_are_what_the_scores_say(finished: Path) -> None:
+    states = {name: load_file(finished / f"data/samples/{name}.safetensors")["states"] for name in SAMPLERS}
+    for name in SAMPLERS:
+        result = json.loads((finished / f"results/{name}.json").read_text())
+        scores = load_file(finished / f"data/scores/{name}.safetensors")
+        rmse = (states[name] - states["reference"]).square().mean().sqrt()
+        assert result["rmse"] == pytest.approx(rmse.item())
+        assert result["reward"] == pytest.approx(scores["reward"].mean().item())
+        assert result["accuracy"] == pytest.approx(scores["accuracy"].mean().item())
+        assert result["n"] == len(scores["reward"]) == 100
+
+
+def test_rdpo_never_deploys_a_worse_distance(finished: Path) -> None:
+    chosen = load_predictor(finished / "models/rdpo").provenance["metrics"]
+    assert chosen["frechet_distance"] <= chosen["distilled_frechet_distance"]
+    assert chosen["gain"] >= 0
+
+
+def test_the_reward_is_not_the_judge(finished: Path) -> None:
+    reward, judge = (load_file(finished / f"models/backbone/{name}.safetensors") for name in ("reward", "judge"))
+    assert not torch.equal(reward["head.weight"], judge["head.weight"])
+
+
+def test_no_noise_is_in_two_splits() -> None:
+    ranges = sorted(SPLITS.values(), key=lambda indices: indices.start)
+    assert all(one.stop <= other.start for one, other in pairwise(ranges))
+    drawn = [noise(0, split, range(3), (4,)) for split in SPLITS]
+    assert len({tuple(row.tolist()) for rows in drawn for row in rows}) == 9
+    assert torch.equal(noise(0, "test", [5, 2], (4,))[1], noise(0, "test", [2], (4,))[0])
+    assert not torch.equal(noise(0, "test", [2], (4,)), noise(1, "test", [2], (4,)))
+
+
+@pytest.mark.parametrize("batch_size", [1, 7])
+def test_samples_do_not_depend_on_the_batch_size(batch_size: int, finished: Path, workspace: Workspace) -> None:
+    params = small()
+    params["sample"]["batch_size"] = batch_size
+    folder = workspace(params)
+    shutil.copytree(finished / "models", folder / "models")
+    run("sample", ["distilled"])
+    assert hashes(folder, "data/samples") == {
+        name: digest for name, digest in hashes(finished, "data/samples").items() if "distilled" in name
+    }
+
+
+@pytest.mark.parametrize("stage", ["backbone", "rdpo"])
+@pytest.mark.parametrize("interruption", [1, 3])
+def test_an_interrupted_stage_goes_on_to_the_same_bytes(
+    stage: str, interruption: int, upstream: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted right after its 1st or 3rd checkpoint."""
+    from stages.checkpoint import Checkpoint
+
+    outputs = {"backbone": ["models/backbone", "data/digits.safetensors"], "rdpo": ["models/rdpo", "results/rdpo.csv"]}[stage]
+    expected = hashes(upstream, *outputs)
+    for name in outputs:
+        shutil.rmtree(upstream / name) if (upstream / name).is_dir() else (upstream / name).unlink()
+    if stage == "rdpo":
+        assert expected.keys() > {"models/rdpo/predictor.json"}
+    save, saved = Checkpoint.save, 0
+
+    def interrupt(self: Checkpoint, parts: Any, values: Any) -> None:
+        nonlocal saved
+        save(self, parts, values)
+        saved += 1
+        if saved == interruption:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpoint, "save", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(stage, [])
+    assert hashes(upstream, *outputs) == {}
+    run(stage, [])
+    assert saved == 3, "what was done before the interruption was not done again"
+    assert hashes(upstream, *outputs) == expected
+    assert not (upstream / f"data/checkpoints/{stage}.safetensors").exists()
+
+
+def test_a_checkpoint_of_other_parameters_is_not_used(upstream: Path, workspace: Workspace) -> None:
+    from stages.checkpoint import Checkpoint
+    from stages.params import load_params
+
+    params = load_params()
+    mine = Checkpoint("rdpo", {"seed": 0, "rdpo": params.rdpo}, [Path("models/distilled")])
+    mine.save({"part": {"x": torch.ones(2)}}, {"cursor": 3})
+    assert mine.load() is not None
+    other = params.rdpo.model_copy(update={"learning_rate": 1.0})
+    assert Checkpoint("rdpo", {"seed": 0, "rdpo": other}, [Path("models/distilled")]).load() is None
+    assert Checkpoint("rdpo", {"seed": 0, "rdpo": params.rdpo}, [Path("models/rdpo")]).load() is None
+    mine.path.write_bytes(mine.path.read_bytes()[:100])
+    assert mine.load() is None
+
+
+def command(stage: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", f"stages.{stage}", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
+    )
+
+
+@pytest.fixture
+def killed() -> Iterator[list[subprocess.Popen[str]]]:
+    processes: list[subprocess.Popen[str]] = []
+    yield processes
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def test_kill_9_and_again_gives_the_same_bytes(finished: Path, workspace: Workspace, killed: list[Any]) -> None:
+    folder = workspace(small())
+    process = command("backbone")
+    killed.append(process)
+    checkpoint = folder / "data/checkpoints/backbone.safetensors"
+    deadline = time.monotonic() + 60
+    while not checkpoint.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert checkpoint.exists()
+    assert not (folder / "models/backbone").exists()
+    again = command("backbone")
+    killed.append(again)
+    _, errors = again.communicate(timeout=120)
+    assert again.returncode == 0, errors
+    assert hashes(folder, "models/backbone") == hashes(finished, "models/backbone")
+
+
+def test_ctrl_c_says_so_and_leaves_nothing_half_written(workspace: Workspace, killed: list[Any]) -> None:
+    folder = workspace(small())
+    process = command("backbone")
+    killed.append(process)
+    deadline = time.monotonic() + 60
+    while not (folder / "data/checkpoints/backbone.safetensors").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "stage backbone: interrupted; nothing is half-written" in errors
+    assert "Traceback" not in errors
+    assert {file.name for file in (folder / "data").rglob("*") if file.is_file()} <= {"backbone.safetensors", "backbone"}
+
+
+def failure(stage: str, *arguments: str) -> str:
+    _, errors = (process := command(stage, *arguments)).communicate(timeout=60)
+    assert process.returncode == 1, errors
+    assert "Traceback" not in errors
+    return errors
+
+
+@pytest.mark.parametrize(
+    ("stage", "arguments", "spoilt", "maker"),
+    [
+        ("refs", [], "data/digits.safetensors", "backbone"),
+        ("teacher", [], "models/backbone/unet.safetensors", "backbone"),
+        ("distill", [], "data/teacher.safetensors", "teacher"),
+        ("rdpo", [], "models/distilled/predictor.json", "distill"),
+        ("rdpo", [], "data/refs.npz", "refs"),
+        ("sample", ["rdpo"], "models/rdpo/predictor.safetensors", "rdpo"),
+        ("evaluate", ["euler"], "data/samples/reference.safetensors", "sample@reference"),
+        ("report", [], "results/euler.json", "evaluate@euler"),
+        ("report", [], "results/rdpo.csv", "rdpo"),
+    ],
+)
+@pytest.mark.parametrize("corrupt", [False, True], ids=["missing", "corrupt"])
+def test_a_spoilt_input_names_the_stage_that_makes_it(
+    stage: str, arguments: list[str], spoilt: str, maker: str, corrupt: bool, upstream: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from stages.files import InputError
+
+    if corrupt:
+        (upstream / spoilt).write_bytes(b"\x80\x04not what it should be")
+    else:
+        (upstream / spoilt).unlink()
+    with pytest.raises(InputError, match=rf"stage {maker} (makes it: dvc repro {maker}|writes .* {maker})") as error:
+        run(stage, arguments)
+    assert str(Path(spoilt).parent) in str(error.value)
+
+
+def test_the_command_line_reports_in_one_line(upstream: Path) -> None:
+    (upstream / "data/refs.npz").unlink()
+    assert "stage rdpo: data/refs.npz: missing; stage refs makes it: dvc repro refs" in failure("rdpo")
+    assert "samplers: found no 'foo'; valid: reference, euler, heun, distilled, rdpo" in failure("sample", "foo")
+
+
+def test_a_sampler_that_cannot_make_the_evaluations_is_told_what_would() -> None:
+    from stages.params import Classical, ParamsError, Polynomial
+
+    schedule = Polynomial(name="polynomial", rho=7.0)
+    heun = Classical(solver="heun", model="models/backbone", schedule=schedule, afs=False, num_steps=None)
+    with pytest.raises(ParamsError, match=r"samplers.heun: no num_steps gives heun .* 5 serial evaluations; valid: afs: True"):
+        classical_solver("heun", heun, num_steps=4, afs=True, spec=Digits.spec)
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(upstream: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import errno
+
+    def full(self: Path, data: bytes) -> int:
+        with self.open("wb") as file:
+            file.write(data[: len(data) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = hashes(upstream, "data", "models", "results")
+    monkeypatch.setattr(Path, "write_bytes", full)
+    for stage, arguments in (("backbone", []), ("teacher", []), ("distill", []), ("sample", ["euler"])):
+        with pytest.raises(OSError, match=r"no space left: '(data|models)/"):
+            run(stage, arguments)
+    assert hashes(upstream, "data", "models", "results") == before
