@@ -17,6 +17,11 @@ def noise(seed: int, split: str, samples: Iterable[int], shape: tuple[int, ...])
     return torch.from_numpy(np.stack(draws))
 
 
+def batches(samples: int, size: int) -> list[range]:
+    """The samples 0 to samples - 1 in batches of that size, the last one smaller where it must be."""
+    return [range(first, min(first + size, samples)) for first in range(0, samples, size)]
+
+
 def prompts(samples: Iterable[int]) -> list[str]:
     """The digits in turn, one for each sample."""
     return [str(sample % 10) for sample in samples]

@@ -13,7 +13,7 @@ from solvers import EPDTable, Policy, Predictor, integrate, load_predictor, save
 from stages.checkpoint import Checkpoint, adam_state, load_adam_state, under
 from stages.command import command, progress
 from stages.files import BACKBONE, DISTILLED, RDPO, REFS, RESULTS, atomic, reading, sha256, write_csv
-from stages.noise import noise, prompts
+from stages.noise import batches, noise, prompts
 from stages.params import RDPO as RDPOParams  # noqa: N811
 from stages.training import descend, rng, seeded
 
@@ -41,8 +41,8 @@ class Rollouts:
         """Rewards on the validation noise, (samples,), and the Frechet distance."""
         wanted = prompts(range(samples))
         start = noise(seed, "validation", range(samples), self.backend.spec.shape)
-        batches = range(0, samples, 512)
-        images = torch.cat([self.images(table, start[i : i + 512], wanted[i : i + 512]) for i in batches])
+        parts = (slice(batch.start, batch.stop) for batch in batches(samples, 512))
+        images = torch.cat([self.images(table, start[part], wanted[part]) for part in parts])
         return self.reward(images, wanted), distance(statistics(self.frechet.features(images)), self.refs)
 
 

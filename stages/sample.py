@@ -10,7 +10,7 @@ from solvers import AFS, EPD, SOLVERS, Solver, depth, integrate, load_predictor
 from stages.command import command, progress
 from stages.files import BACKBONE, SAMPLES, reading, write_tensors
 from stages.grid import grid
-from stages.noise import noise, prompts
+from stages.noise import batches, noise, prompts
 from stages.params import Classical, Learned, ParamsError, Sample, Sampler
 
 
@@ -37,10 +37,8 @@ def sample(
                 solver = load_predictor(folder)
             sigmas = solver.sigmas
     states, serial, rows = [], set[int](), 0
-    batches = range(0, sample.images, sample.batch_size)
-    for first in progress(batches, f"sample {sampler}", "batch"):
-        samples = range(first, min(first + sample.batch_size, sample.images))
-        x, batch_serial, batch_rows = run(backend, solver, sigmas, guidance_scale, seed, "test", samples)
+    for batch in progress(batches(sample.images, sample.batch_size), f"sample {sampler}", "batch"):
+        x, batch_serial, batch_rows = run(backend, solver, sigmas, guidance_scale, seed, "test", batch)
         states.append(x)
         serial.add(batch_serial)
         rows += batch_rows

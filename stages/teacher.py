@@ -8,7 +8,7 @@ from solvers import SOLVERS, Solver, trajectory
 from stages.command import command, progress
 from stages.files import BACKBONE, TEACHER, reading, write_tensors
 from stages.grid import grid
-from stages.noise import noise, prompts
+from stages.noise import batches, noise, prompts
 from stages.params import Schedule, Teacher
 
 
@@ -24,20 +24,16 @@ def teacher(*, seed: int, num_steps: int, guidance_scale: float, schedule: Sched
     solver = SOLVERS[teacher.solver]
     tensors = {"sigmas": sigmas[::every].clone()}
     for split, samples in (("train", teacher.train), ("validation", teacher.validation)):
-        batches = progress(range(0, samples, teacher.batch_size), f"teacher {split}", "batch")
-        tensors[split] = torch.cat(
-            [
-                states(backend, guidance_scale, solver, sigmas, seed, split, range(i, min(i + teacher.batch_size, samples)))[
-                    :, ::every
-                ]
-                for i in batches
-            ]
-        )
+        stored = []
+        for batch in progress(batches(samples, teacher.batch_size), f"teacher {split}", "batch"):
+            states = run(backend, guidance_scale, solver, sigmas, seed, split, batch)
+            stored.append(states[:, ::every])
+        tensors[split] = torch.cat(stored)
     write_tensors(TEACHER, tensors)
 
 
 @torch.no_grad()
-def states(
+def run(
     backend: Backend, guidance_scale: float, solver: Solver, sigmas: Tensor, seed: int, split: str, samples: range
 ) -> Tensor:
     """States of the given samples at every node, (B, num_steps, C, H, W)."""
