@@ -150,7 +150,7 @@ def picture(sampler: str, count: int) -> str:
     """The first images of a sampler's archive side by side, as a PNG for an HTML page."""
     with reading(SAMPLES / f"{sampler}.safetensors") as file:
         images = Digits.decode(read_tensors(file)[0]["states"][:count])
-    strip = torch.cat([torch.nn.functional.pad(image, (0, 1)) for image in images[:, 0]], 1)
+    strip = torch.cat([torch.nn.functional.pad(image, (0, 1), value=1.0) for image in images[:, 0]], 1)  # a white gap
     buffer = io.BytesIO()
     Image.fromarray((strip * 255).round().to(torch.uint8).numpy()).save(buffer, "png")
     return embedded(buffer.getvalue(), "image/png")
