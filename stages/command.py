@@ -6,7 +6,7 @@ import inspect
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar, get_type_hints
 
@@ -54,10 +54,11 @@ def command(stage: Callable[..., None]) -> None:
     typer.run(main)
 
 
-def progress(items: Iterable[T], description: str, unit: str, done: int = 0) -> "tqdm[T]":
-    """The items, with a progress bar on standard error; `done` of them were made in an earlier run."""
+def progress(items: Sequence[T], description: str, unit: str, done: int = 0) -> "tqdm[T]":
+    """The items, with a progress bar on standard error; `done` more were made in an earlier run."""
     every = 0.2 if sys.stderr.isatty() else 10.0
-    return tqdm(items, desc=description, unit=unit, initial=done, mininterval=every, dynamic_ncols=True)
+    total = done + len(items)
+    return tqdm(items, desc=description, unit=unit, initial=done, total=total, mininterval=every, dynamic_ncols=True)
 
 
 @contextmanager
