@@ -1,0 +1,17 @@
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_example_prints_what_it_says(upstream: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On the small pipeline's files: the shapes and the costs are those of the real one."""
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    exec(compile(example, "README.md", "exec"), {})
+    assert capsys.readouterr().out.strip() == example.strip().splitlines()[-1].split("# ")[-1]
+
+
+def test_the_table_is_the_committed_report() -> None:
+    assert (ROOT / "results/report.md").read_text().strip() in (ROOT / "README.md").read_text()
