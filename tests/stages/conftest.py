@@ -18,7 +18,8 @@ def small() -> dict[str, Any]:
     params["backbone"] |= {"classifier_iterations": 60}
     params["teacher"] |= {"extra_nodes": 1, "train": 64, "validation": 32}
     params["distill"] |= {"iterations": 6, "batch_size": 16, "validate_every": 2}
-    params["rdpo"] |= {"groups": 4, "tables": 4, "iterations": 6, "warmup": 2, "validation": 100, "learning_rate": 1e-4}
+    params["rdpo"] |= {"groups": 4, "tables": 4, "iterations": 6, "validate_every": 2, "warmup": 2, "validation": 100}
+    params["rdpo"] |= {"learning_rate": 1e-4}
     params["samplers"] = {name: params["samplers"][name] for name in ("reference", "euler", "heun", "distilled", "rdpo")}
     params["samplers"]["reference"]["num_steps"] = 5
     params["sample"] |= {"images": 100, "batch_size": 64}
