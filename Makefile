@@ -13,7 +13,7 @@ run: install
 	python -m stages.params
 	@mkdir -p data && touch data/started
 	dvc repro
-	@test -f results/report.html || dvc repro --force --single-item report
+	@grep -qs "$$(sha256sum < results/report.md | cut -d' ' -f1)" results/report.html || dvc repro --force --single-item report
 	@test results/report.html -nt data/started || cat results/report.md
 	@echo "Report: results/report.html"
 
@@ -35,9 +35,10 @@ $(INSTALLED):
 	rm -f $(VENV)/.installed-*
 	touch $@
 
-# params.yaml as conf/ composes it, with conf's comments
+# params.yaml as conf/ composes it by default, with conf's comments
 params: install
-	@(sed '/^defaults:/,/^$$/d' conf/config.yaml; echo; sed '/^# @package/,/^$$/d' conf/backbone/digits.yaml) > params.yaml
+	@(sed '/^defaults:/,/^$$/d' conf/config.yaml; echo; sed '/^# @package/,/^$$/d' conf/backbone/digits.yaml) > params.yaml.new
+	@mv params.yaml.new params.yaml
 	python -m stages.params
 
 lock: install

@@ -37,7 +37,10 @@ class Digits:
     def load(cls, file: Path) -> "Digits":
         """Read what `save` wrote."""
         with safe_open(file, framework="pt") as tensors:
-            shape = json.loads(tensors.metadata()["unet"])
+            metadata = tensors.metadata() or {}
+        if "unet" not in metadata:
+            raise ValueError(f"{file}: header {metadata}; valid: one that `Digits.save` writes")
+        shape = json.loads(metadata["unet"])
         network = UNet(channels=shape["channels"], sigma_data=shape["sigma_data"])
         network.load_state_dict(load_file(file))
         return cls(network)

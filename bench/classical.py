@@ -1,6 +1,6 @@
 """Which schedule suits each classical solver, with and without AFS, on validation noise.
 
-The samplers of conf/config.yaml take the best of the first three schedules, those of their papers.
+The samplers of conf/config.yaml take the best of the first three schedules.
 Run after `make run`:  python bench/classical.py > bench/classical.md
 """
 

@@ -87,12 +87,18 @@ def distance(one: Statistics, other: Statistics) -> float:
     return fid_statistics_to_metric(one, other, verbose=False)[KEY_METRIC_FID]
 
 
-def bootstrap_distances(features: Tensor, other: Statistics, resamples: int) -> NDArray[np.float64]:
-    """Distances of resampled features (n, F), (resamples,); resample r draws the same rows whatever the features are.
+def bootstrap_distances(features: Tensor, other: Statistics | Tensor, resamples: int) -> NDArray[np.float64]:
+    """Distances of resampled features (n, F), (resamples,), to fixed statistics or to features of the same n samples.
 
-    So two samplers' distances on the same noise are paired: the standard deviation of their difference is its standard error.
+    Resample r draws the same rows of whatever features, so distances on the same noise are paired: their standard deviation is
+    a standard error, that of their difference too. Their mean is not an estimate: resampling raises a distance.
     """
-    return np.array([distance(statistics(features[rows]), other) for rows in resampled(len(features), resamples)])
+    return np.array(
+        [
+            distance(statistics(features[rows]), statistics(other[rows]) if isinstance(other, Tensor) else other)
+            for rows in resampled(len(features), resamples)
+        ]
+    )
 
 
 def resampled(n: int, resamples: int) -> Iterator[Tensor]:

@@ -31,7 +31,8 @@ class Predictor:
         afs: whether its first evaluation is the analytical one.
         backbone: name of the frozen model and sha256 of its weights.
         guidance_scale: guidance it was learned with.
-        provenance: where it comes from: stage, sha256 of parent and parameters, data, seeds, metrics. Plain JSON.
+        provenance: where it comes from, as plain JSON: stage, parameters, seed, teacher or sha256 of the parent's tensors, and
+            metrics.
     """
 
     table: EPDTable
@@ -93,9 +94,14 @@ def load_predictor(folder: Path | str) -> Predictor:
     table = EPDTable(**tensors)
     inside = bool(((table.position > 0) & (table.position < 1)).all())
     _require(inside, folder / TENSORS / "position", f"{table.position.tolist()}", "numbers between 0 and 1")
+    for name in ("direction_scale", "time_scale"):
+        value = tensors[name]
+        _require(bool((value > 0).all()), folder / TENSORS / name, f"{value.tolist()}", "positive numbers")
     total = table.weight.sum(-1)
     sums_to_one = torch.allclose(total, torch.ones_like(total), rtol=0, atol=1e-6)
     _require(sums_to_one, folder / TENSORS / "weight", f"sums {total.tolist()}", "1 for each interval")
+    numbers = all(type(sigma) is float for sigma in record["sigmas"])
+    _require(numbers, folder / RECORD, f"sigmas: {record['sigmas']}", "a list of floating-point numbers")
     sigmas = torch.tensor(record["sigmas"], dtype=torch.float64)
     check_grid(sigmas)
     _require(len(sigmas) == record["num_steps"], folder / RECORD, f"{len(sigmas)} sigmas", f"{record['num_steps']}")

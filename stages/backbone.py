@@ -98,7 +98,7 @@ def train_classifier(seed: int, name: str, params: Backbone, images: Tensor, lab
 
 
 def moved(images: Tensor, rng: torch.Generator) -> Tensor:
-    """Images (B, 1, 8, 8) shifted by up to half a pixel, stretched and sheared by up to 15 %, with noise of up to 0.1."""
+    """Images (B, 1, 8, 8) shifted by up to 0.6 pixels, stretched and sheared by up to 15 %, with noise of up to 0.1."""
     affine = torch.eye(2, 3).repeat(len(images), 1, 1)
     affine += 0.15 * (2 * torch.rand(affine.shape, generator=rng) - 1)
     grid = affine_grid(affine, list(images.shape), align_corners=False)

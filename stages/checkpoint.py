@@ -28,7 +28,7 @@ class Checkpoint:
         self.path = CHECKPOINTS / f"{stage}.safetensors"
         plain = {k: v.model_dump() if isinstance(v, Section) else v for k, v in params.items()}
         code = sorted(file for package in PACKAGES for file in Path(__file__).parents[1].glob(f"{package}/*.py"))
-        identity = [json.dumps(plain, sort_keys=True), sha256(*inputs), sha256(*code)]
+        identity = [json.dumps(plain, sort_keys=True), *(sha256(file) for file in [*inputs, *code])]
         self.fingerprint = hashlib.sha256("".join(identity).encode()).hexdigest()
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:

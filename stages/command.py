@@ -35,6 +35,8 @@ def command(stage: Callable[..., None]) -> None:
         name = "@".join([stage.__name__, *given.values()])
         try:
             params = load_params()
+            if not set(given.values()) <= set(params.samplers):  # the one argument that a stage may have
+                raise ParamsError(f"samplers: found no {name.split('@', 1)[1]!r}; valid: {', '.join(params.samplers)}")
             with _alone(name):
                 stage(**given, **{section: getattr(params, section) for section in sections})
                 _record(name)

@@ -8,10 +8,13 @@ from torch import Tensor
 from backends import Backend, Digits, counted_denoiser
 from solvers import AFS, EPD, Predictor, Solver, save_predictor, trajectory
 from stages.command import command, progress
-from stages.files import BACKBONE, DISTILLED, RESULTS, TEACHER, atomic, read_tensors, reading, sha256, write_csv
+from stages.files import BACKBONE, DISTILLED, RESULTS, TEACHER, atomic, read_tensors, reading, require, sha256, write_csv
 from stages.noise import prompts
 from stages.params import Distill
 from stages.training import cosine, descend, rng
+
+SEEN = 128
+"""Training samples by which the curve follows the training error."""
 
 
 def distill(*, seed: int, num_steps: int, afs: bool, guidance_scale: float, distill: Distill) -> None:
@@ -19,32 +22,37 @@ def distill(*, seed: int, num_steps: int, afs: bool, guidance_scale: float, dist
     with reading(BACKBONE):
         backend = Digits.load(BACKBONE / "unet.safetensors")
     with reading(TEACHER):
-        stored, _ = read_tensors(TEACHER)
+        stored, description = read_tensors(TEACHER)
         sigmas, train, validation = stored["sigmas"], stored["train"], stored["validation"]
+        require(TEACHER, "num_steps", len(sigmas), num_steps)
+        require(TEACHER, "guidance_scale", description["guidance_scale"], guidance_scale)
     epd = EPD(num_steps, distill.points, distill.scale_dir, distill.scale_time)
     solver: Solver = AFS(epd) if afs else epd
     nodes = slice(1, None) if distill.loss == "nodes" else slice(-1, None)
     optimizer = torch.optim.Adam(epd.parameters())
-    best, lowest, curve = epd.table(), float("inf"), []
-    bar = progress(range(1, distill.iterations + 1), "distill", "iteration")
+    best, lowest, curve, chosen = epd.table(), float("inf"), [], {}
+    bar = progress(range(distill.iterations + 1), "distill", "iteration")
     for iteration in bar:
-        rows = rng(seed, "distill", iteration).permutation(len(train))[: distill.batch_size].tolist()
-        loss = squared_errors(backend, guidance_scale, solver, sigmas, train[rows], rows)[nodes].mean()
-        descend(optimizer, loss, distill.learning_rate * cosine(iteration - 1, distill.iterations))
+        if iteration > 0:
+            rows = rng(seed, "distill", iteration).permutation(len(train))[: distill.batch_size].tolist()
+            loss = squared_errors(backend, guidance_scale, solver, sigmas, train[rows], rows)[nodes].mean()
+            descend(optimizer, loss, distill.learning_rate * cosine(iteration - 1, distill.iterations))
         if iteration % distill.validate_every == 0 or iteration == distill.iterations:
             with torch.no_grad():
+                seen = squared_errors(backend, guidance_scale, solver, sigmas, train[:SEEN], range(len(train[:SEEN])))
                 errors = squared_errors(backend, guidance_scale, solver, sigmas, validation, range(len(validation)))
-                error = errors[nodes].mean().sqrt().item()
-                if error < lowest:
-                    best, lowest = epd.table(), error
-            curve.append({"iteration": iteration, "train_rmse": loss.sqrt().item(), "validation_rmse": error})
-            bar.set_postfix(validation_rmse=f"{error:.4f}")
+            curve.append(
+                {"iteration": iteration, "train_rmse": seen[-1].sqrt().item(), "validation_rmse": errors[-1].sqrt().item()}
+            )
+            bar.set_postfix(validation_rmse=f"{curve[-1]['validation_rmse']:.4f}")
+            if errors[nodes].mean().item() < lowest:
+                best, lowest, chosen = epd.table(), errors[nodes].mean().item(), curve[-1]
     provenance = {
         "stage": "distill",
         "parameters": distill.model_dump(),
         "seed": seed,
-        "teacher_sha256": sha256(TEACHER),
-        "metrics": {"validation_rmse": lowest, "n": len(validation)},
+        "teacher": description,
+        "metrics": {**chosen, "n": len(validation)},
     }
     write_csv(RESULTS / "distill.csv", curve)
     backbone = {"name": "digits", "sha256": sha256(BACKBONE / "unet.safetensors")}

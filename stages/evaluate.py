@@ -10,15 +10,16 @@ from metrics.accuracy import Accuracy
 from metrics.frechet import JUDGE, Frechet, bootstrap_distances, distance, load_statistics, resampled, statistics
 from metrics.log_probability import LogProbability
 from stages.command import command
-from stages.files import BACKBONE, REFS, RESULTS, SAMPLES, SCORES, read_tensors, reading, write_json, write_tensors
+from stages.files import BACKBONE, REFS, RESULTS, SAMPLES, SCORES, read_tensors, reading, require, write_json, write_tensors
 from stages.noise import prompts
 from stages.params import Evaluate
+from stages.statistics import mean_error
 
 
 def evaluate(sampler: str, *, evaluate: Evaluate) -> None:
     """Score the archive of SAMPLER against the real digits and, on the same noise, against the reference's archive."""
     states, cost = archive(SAMPLES / f"{sampler}.safetensors")
-    reference, _ = archive(SAMPLES / "reference.safetensors")
+    reference, _ = archive(SAMPLES / "reference.safetensors", len(states))
     with reading(BACKBONE):
         backend = Digits.load(BACKBONE / "unet.safetensors")
         reward = LogProbability(BACKBONE / "reward.safetensors")
@@ -28,7 +29,7 @@ def evaluate(sampler: str, *, evaluate: Evaluate) -> None:
         refs = load_statistics(REFS)
     images, wanted = backend.decode(states), prompts(range(len(states)))
     features = frechet.features(images)
-    reference_statistics = statistics(frechet.features(backend.decode(reference)))
+    reference_features = frechet.features(backend.decode(reference))
     squared_error = (states - reference).square().flatten(1).mean(1)
     scores = {
         "reward": reward(images, wanted),
@@ -36,7 +37,7 @@ def evaluate(sampler: str, *, evaluate: Evaluate) -> None:
         "squared_error": squared_error,
         "frechet_distance_bootstrap": torch.from_numpy(bootstrap_distances(features, refs, evaluate.bootstrap)),
         "distance_to_reference_bootstrap": torch.from_numpy(
-            bootstrap_distances(features, reference_statistics, evaluate.bootstrap)
+            bootstrap_distances(features, reference_features, evaluate.bootstrap)
         ),
         "rmse_bootstrap": torch.stack(
             [squared_error[rows].mean().sqrt() for rows in resampled(len(states), evaluate.bootstrap)]
@@ -47,29 +48,26 @@ def evaluate(sampler: str, *, evaluate: Evaluate) -> None:
         **cost,
         "frechet_distance": distance(statistics(features), refs),
         "frechet_distance_se": scores["frechet_distance_bootstrap"].std().item(),
-        "distance_to_reference": distance(statistics(features), reference_statistics),
+        "distance_to_reference": distance(statistics(features), statistics(reference_features)),
         "distance_to_reference_se": scores["distance_to_reference_bootstrap"].std().item(),
         "rmse": squared_error.mean().sqrt().item(),
         "rmse_se": scores["rmse_bootstrap"].std().item(),
         "accuracy": scores["accuracy"].mean().item(),
-        "accuracy_se": standard_error(scores["accuracy"]),
+        "accuracy_se": mean_error(scores["accuracy"]),
         "reward": scores["reward"].mean().item(),
-        "reward_se": standard_error(scores["reward"]),
+        "reward_se": mean_error(scores["reward"]),
     }
     write_tensors(SCORES / f"{sampler}.safetensors", scores)
     write_json(RESULTS / f"{sampler}.json", results)
 
 
-def archive(path: Path) -> tuple[Tensor, dict[str, float]]:
-    """Final states (n, C, H, W) of one sampler and what they cost."""
+def archive(path: Path, images: int | None = None) -> tuple[Tensor, dict[str, float]]:
+    """Final states (n, C, H, W) of one sampler and what they cost; of that many images where it is given."""
     with reading(path):
         tensors, cost = read_tensors(path)
-        return tensors["states"], cost
-
-
-def standard_error(values: Tensor) -> float:
-    """Of the mean of independent values (n,)."""
-    return values.std().item() / len(values) ** 0.5
+        states = tensors["states"]
+        require(path, "images", len(states), images or len(states))
+        return states, {key: cost[key] for key in ("serial_evaluations", "total_evaluations")}
 
 
 if __name__ == "__main__":

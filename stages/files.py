@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -37,6 +38,7 @@ MADE_BY = {
     RDPO: "rdpo",
     SAMPLES: "sample",
     SCORES: "evaluate",
+    RESULTS / "held_out.json": "refs",
     RESULTS / "distill.csv": "distill",
     RESULTS / "rdpo.csv": "rdpo",
     RESULTS: "evaluate",  # the rest of them
@@ -56,10 +58,16 @@ def reading(path: Path) -> Iterator[Path]:
         yield path
     except FileNotFoundError as error:
         raise InputError(f"{error.filename or path}: missing; stage {name} makes it: dvc repro {name}") from error
-    except (ValueError, KeyError, RuntimeError, EOFError, SafetensorError) as error:
+    except (ValueError, KeyError, RuntimeError, EOFError, BadZipFile, SafetensorError) as error:
         raise InputError(
             f"{path}: not what stage {name} writes ({error}); make it again: dvc repro --force --single-item {name}"
         ) from error
+
+
+def require(path: Path, what: str, found: object, valid: object) -> None:
+    """Raise ValueError unless what was found in a file is what this run needs; for use inside `reading`."""
+    if found != valid:
+        raise ValueError(f"{path}: {what} {found}; valid: {valid}")
 
 
 @contextmanager
@@ -71,9 +79,14 @@ def atomic(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         _sync(temporary)
-        if path.is_dir():
-            shutil.rmtree(path)  # a file is replaced by the rename itself
-        temporary.replace(path)
+        if path.is_dir():  # a file is replaced by the rename itself
+            old = path.with_name(f".{path.name}.old")
+            _remove(old)
+            path.rename(old)
+            temporary.rename(path)
+            _remove(old)
+        else:
+            temporary.replace(path)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise OSError(errno.ENOSPC, "no space left", str(path)) from error
@@ -110,14 +123,9 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def sha256(*paths: Path) -> str:
-    """Of the contents of files and, in the order of their names, of the files in folders."""
-    digest = hashlib.sha256()
-    for path in paths:
-        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            if file.is_file():
-                digest.update(hashlib.sha256(file.read_bytes()).digest())
-    return digest.hexdigest()
+def sha256(file: Path) -> str:
+    """Of a file's contents."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _remove(path: Path) -> None:

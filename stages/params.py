@@ -15,6 +15,8 @@ Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Rho = Annotated[float, Field(ge=0.1, le=100)]
+Name = Annotated[str, Field(pattern="^[a-z0-9_]+$")]
 Nodes = Annotated[int, Field(ge=2)]
 
 
@@ -34,7 +36,7 @@ class Section(BaseModel):
 
 class Polynomial(Section):
     name: Literal["polynomial"]
-    rho: Positive
+    rho: Rho
 
 
 class LogSNR(Section):
@@ -43,7 +45,7 @@ class LogSNR(Section):
 
 class TimeUniform(Section):
     name: Literal["time_uniform"]
-    rho: Positive
+    rho: Rho
 
 
 Schedule = Annotated[Polynomial | LogSNR | TimeUniform, Field(discriminator="name")]
@@ -83,7 +85,7 @@ class Distill(Section):
 
 
 class RDPO(Section):
-    concentration: Positive
+    concentration: Annotated[float, Field(ge=1, le=1e9)]
     direction_std: NotNegative
     time_std: NotNegative
     hidden: Count
@@ -141,7 +143,7 @@ class Params(Section):
     teacher: Teacher
     distill: Distill
     rdpo: RDPO
-    samplers: dict[str, Sampler]
+    samplers: dict[Name, Sampler]
     sample: Sample
     evaluate: Evaluate
     report: Report
@@ -162,7 +164,11 @@ class Params(Section):
     def _has_the_compared_samplers(self) -> "Params":
         missing = sorted({"reference", "distilled", "rdpo"} - set(self.samplers))
         if missing:
-            raise ValueError(f"samplers with {', '.join(missing)} among them: the others are compared with these")
+            raise ValueError(f"samplers: no {', '.join(missing)}; valid: with it, since the others are compared with these")
+        for name in ("distilled", "rdpo"):
+            sampler = self.samplers[name]
+            if not isinstance(sampler, Learned) or sampler.model != f"models/{name}":
+                raise ValueError(f"samplers.{name}: {sampler!r}; valid: solver: predictor, model: models/{name}")
         return self
 
 
@@ -201,9 +207,13 @@ def _explain(found: Any, detail: ErrorDetails) -> str:
             return f"{'.'.join([*path, str(detail['loc'][-1])])}: missing; valid: a value, as explained in conf/"
         case "value_error":
             return ": ".join([*filter(None, [".".join(path)]), detail["msg"].removeprefix("Value error, ")])
-        case "union_tag_invalid" | "union_tag_not_found":
+        case "union_tag_not_found":
+            key = detail.get("ctx", {})["discriminator"].strip("'")
+            return f"{'.'.join([*path, key])}: missing; valid: one of those that conf/ explains"
+        case "union_tag_invalid":
             context = detail.get("ctx", {})
-            valid = f"{context['discriminator']} one of {context.get('expected_tags', 'those explained in conf/')}"
+            path.append(context["discriminator"].strip("'"))
+            found, valid = context["tag"], context["expected_tags"]
         case _:
             valid = detail["msg"].removeprefix("Input should be ")
     return f"{'.'.join(path)}: found {found!r}; valid: {valid}"

@@ -59,11 +59,12 @@ def rdpo(*, seed: int, rdpo: RDPOParams) -> None:
     rollouts = Rollouts(backend, reward, frechet, refs, distilled)
     scale_std = {"direction_scale": rdpo.direction_std, "time_scale": rdpo.time_std}
     policy = seeded(seed, "policy", lambda: Policy(distilled.table, rdpo.concentration, scale_std, rdpo.hidden, rdpo.blocks))
-    optimizer = torch.optim.AdamW(policy.parameters())
+    optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0)  # the KL term is what holds the policy back
     base_rewards, base_distance = rollouts.validate(policy.mean(), seed, rdpo.validation)
     curve: Curve = [point(0, base_rewards, base_rewards, base_distance, policy)]
     best, chosen = policy.mean(), curve[0]
-    checkpoint = Checkpoint("rdpo", {"seed": seed, "rdpo": rdpo}, [BACKBONE, REFS, DISTILLED])
+    inputs = [*sorted(BACKBONE.iterdir()), REFS, *sorted(DISTILLED.iterdir())]
+    checkpoint = Checkpoint("rdpo", {"seed": seed, "rdpo": rdpo}, inputs)
     if (saved := checkpoint.load()) is not None:
         tensors, values = saved
         policy.load_state_dict(under("policy", tensors))
@@ -85,7 +86,7 @@ def rdpo(*, seed: int, rdpo: RDPOParams) -> None:
         "stage": "rdpo",
         "parameters": rdpo.model_dump(),
         "seed": seed,
-        "parent_sha256": sha256(DISTILLED),
+        "parent_sha256": sha256(DISTILLED / "predictor.safetensors"),
         "metrics": {**chosen, "distilled_frechet_distance": base_distance, "n": rdpo.validation},
     }
     write_csv(RESULTS / "rdpo.csv", [{**p, "deployed": int(p == chosen)} for p in curve])

@@ -8,7 +8,7 @@ from torch import Tensor
 from backends import Backend, Digits, Spec, counted_denoiser
 from solvers import AFS, EPD, SOLVERS, Solver, depth, integrate, load_predictor
 from stages.command import command, progress
-from stages.files import BACKBONE, SAMPLES, reading, write_tensors
+from stages.files import BACKBONE, SAMPLES, reading, require, sha256, write_tensors
 from stages.grid import grid
 from stages.noise import batches, noise, prompts
 from stages.params import Classical, Learned, ParamsError, Sample, Sampler
@@ -25,8 +25,6 @@ def sample(
     sample: Sample,
 ) -> None:
     """Write the final states (n, C, H, W), and what they cost. SAMPLER is one of params.yaml's samplers."""
-    if sampler not in samplers:
-        raise ParamsError(f"samplers: found no {sampler!r}; valid: {', '.join(samplers)}")
     with reading(BACKBONE):
         backend = Digits.load(BACKBONE / "unet.safetensors")
     match samplers[sampler]:
@@ -35,6 +33,8 @@ def sample(
         case Learned(model=model):
             with reading(Path(model)) as folder:
                 solver = load_predictor(folder)
+                require(folder, "guidance_scale", solver.guidance_scale, guidance_scale)
+                require(folder, "backbone", solver.backbone["sha256"], sha256(BACKBONE / "unet.safetensors"))
             sigmas = solver.sigmas
     states, serial, rows = [], set[int](), 0
     for batch in progress(batches(sample.images, sample.batch_size), f"sample {sampler}", "batch"):

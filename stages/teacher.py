@@ -29,7 +29,8 @@ def teacher(*, seed: int, num_steps: int, guidance_scale: float, schedule: Sched
             states = run(backend, guidance_scale, solver, sigmas, seed, split, batch)
             stored.append(states[:, ::every])
         tensors[split] = torch.cat(stored)
-    write_tensors(TEACHER, tensors)
+    description = {"guidance_scale": guidance_scale, "schedule": schedule.model_dump(), **teacher.model_dump()}
+    write_tensors(TEACHER, tensors, description)
 
 
 @torch.no_grad()

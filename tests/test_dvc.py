@@ -42,7 +42,7 @@ def test_a_stage_declares_the_sections_that_its_function_receives(name: str) -> 
 
 
 def test_the_stage_that_an_error_names_is_the_one_that_makes_the_file() -> None:
-    for path, stage in MADE_BY.items():
+    for path, stage in MADE_BY.items():  # the first that fits is taken
         definition = STAGES[stage].get("do", STAGES[stage])
         outputs = [
             out if isinstance(out, str) else next(iter(out))

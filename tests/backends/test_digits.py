@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from backends import Digits, counted_denoiser
@@ -83,6 +84,12 @@ def test_save_and_load(digits: Digits, noise: Tensor, tmp_path: Path) -> None:
     loaded = Digits.load(tmp_path / "unet.safetensors")
     x, sigma = noise[:5], torch.ones(5).double()
     assert torch.equal(loaded.denoiser(["0"] * 5)(x, sigma), digits.denoiser(["0"] * 5)(x, sigma))
+
+
+def test_weights_without_their_shape_are_refused(digits: Digits, tmp_path: Path) -> None:
+    save_file({"x": torch.ones(1)}, tmp_path / "unet.safetensors")
+    with pytest.raises(ValueError, match=r"unet\.safetensors: header"):
+        Digits.load(tmp_path / "unet.safetensors")
 
 
 def test_an_unknown_prompt_is_refused(digits: Digits) -> None:

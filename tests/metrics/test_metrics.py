@@ -70,5 +70,6 @@ def test_bootstrap_is_paired() -> None:
     """The same rows are drawn for every sampler, so a constant shift leaves the difference almost without spread."""
     features = torch.randn(500, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     other = {"mu": np.zeros(2), "sigma": np.eye(2)}
+    assert bootstrap_distances(features, features, 5) == pytest.approx(np.zeros(5), abs=1e-9)
     shifted = bootstrap_distances(features + 1e-3, other, 50) - bootstrap_distances(features, other, 50)
     assert shifted.std() < 0.01 * bootstrap_distances(features, other, 50).std() + 1e-3

@@ -94,6 +94,8 @@ def tamper(folder: Path) -> None:
         (edit_record(surprise=1), "keys .*surprise"),
         (edit_record(sigmas=[80.0, 9.0, 10.0, 0.1]), "strictly decreasing"),
         (edit_record(sigmas=[80.0, 0.1]), "2 sigmas; valid: 4"),
+        (edit_record(sigmas=[80.0, None, 1.0, 0.1]), "a list of floating-point numbers"),
+        (edit_tensor("time_scale", lambda a: -a), "time_scale: .*; valid: positive numbers"),
         (lambda folder: (folder / "predictor.json").write_text("{"), "predictor.json: not JSON"),
         (lambda folder: (folder / "predictor.json").write_text("[]"), "predictor.json: list; valid: an object"),
     ],

@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 ROOT = Path(__file__).parents[2]
 
@@ -13,7 +15,8 @@ Workspace = Callable[[dict[str, Any]], Path]
 
 def small() -> dict[str, Any]:
     """The repository's parameters, cut down to seconds."""
-    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
+        params: dict[str, Any] = OmegaConf.to_container(compose("config"), resolve=True)  # type: ignore[assignment]
     params["backbone"] |= {"channels": 16, "iterations": 60, "batch_size": 32, "checkpoint_every": 20}
     params["backbone"] |= {"classifier_iterations": 60}
     params["teacher"] |= {"extra_nodes": 1, "train": 64, "validation": 32}

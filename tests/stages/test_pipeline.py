@@ -1,3 +1,4 @@
+import csv
 import hashlib
 import json
 import os
@@ -6,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from sklearn.datasets import load_digits
 
-from backends import Digits
-from solvers import load_predictor
+from backends import Digits, Gaussian
+from solvers import EPD, EPDTable, Policy, Predictor, load_predictor, polynomial
 from stages.noise import SPLITS, noise
+from stages.params import RDPO
+from stages.rdpo import Rollouts, improve, leave_one_out
 from stages.sample import classical_solver
 
 from .conftest import Workspace, run, small
@@ -64,9 +68,71 @@ def test_rdpo_never_deploys_a_worse_distance(finished: Path) -> None:
     assert chosen["gain"] >= 0
 
 
-def test_the_reward_is_not_the_judge(finished: Path) -> None:
-    reward, judge = (load_file(finished / f"models/backbone/{name}.safetensors") for name in ("reward", "judge"))
-    assert not torch.equal(reward["head.weight"], judge["head.weight"])
+def test_no_digit_is_used_twice(finished: Path, upstream: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train and held-out digits, and the halves that the two classifiers learn from, share no image."""
+    from stages import backbone as module
+
+    given: dict[str, torch.Tensor] = {}
+
+    def capture(seed: int, name: str, params: Any, images: torch.Tensor, labels: torch.Tensor) -> Any:
+        given[name] = images
+        raise_after = len(given) == 2
+        if raise_after:
+            raise KeyboardInterrupt
+        return None
+
+    monkeypatch.setattr(module, "train_network", lambda *_: None)
+    monkeypatch.setattr(module, "train_classifier", capture)
+    with pytest.raises(KeyboardInterrupt):
+        run("backbone", [])
+    data = load_file(finished / "data/digits.safetensors")
+    split = flat(data["train_images"]) + flat(data["held_out_images"])
+    pixels, _ = load_digits(return_X_y=True)
+    assert sorted(split) == sorted(flat(torch.tensor(pixels).float() / 16))
+    assert sorted(flat(given["reward"]) + flat(given["judge"])) == sorted(flat(data["train_images"]))
+
+
+def flat(images: torch.Tensor) -> list[tuple[float, ...]]:
+    return [tuple(row) for row in images.flatten(1).tolist()]
+
+
+def test_distillation_learns(finished: Path) -> None:
+    """Iteration 0 is the evenly spread start; what is kept is the best on validation noise."""
+    with (finished / "results/distill.csv").open() as file:
+        errors = [float(line["validation_rmse"]) for line in csv.DictReader(file)]
+    kept = load_predictor(finished / "models/distilled").provenance["metrics"]["validation_rmse"]
+    assert kept == min(errors) < errors[0]
+
+
+def test_advantages_are_each_reward_less_the_others_mean() -> None:
+    rewards = torch.tensor([[1.0, 2.0, 6.0], [0.0, 0.0, 3.0]]).double()
+    naive = torch.tensor([[r - (sum(group) - r) / 2 for r in group] for group in rewards.tolist()]).double()
+    assert torch.allclose(leave_one_out(rewards), naive / naive.std())
+    assert bool((leave_one_out(torch.ones(2, 3).double()) == 0).all())
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_rdpo_raises_the_reward_that_it_is_given(epochs: int, mixture: Gaussian, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reward that prefers large steps: the directions' scales grow, and the reward of the mean table with them."""
+    table = EPD(3, 2, 0.0, 0.0).table()
+    base = EPDTable(*(getattr(table, f).detach() for f in ("position", "weight", "direction_scale", "time_scale")))
+    distilled = Predictor(base, polynomial(3, 0.1, 10.0), True, {}, 1.0, {})
+
+    def reward(images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        return -images.sub(0.5).square().mean((1, 2, 3))
+
+    rollouts = Rollouts(mixture, reward, None, {}, distilled)  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    policy = Policy(base, 200.0, {"direction_scale": 0.05, "time_scale": 0.05}, 16, 1)
+    optimizer = torch.optim.AdamW(policy.parameters())
+    settings = {**small()["rdpo"], "groups": 8, "tables": 8, "epochs": epochs, "kl": 0.0, "learning_rate": 1e-2, "warmup": 0}
+    start, wanted = noise(0, "validation", range(256), (1, 2, 2)), ["0"] * 256
+    before = reward(rollouts.images(policy.mean(), start, wanted), wanted)
+    for iteration in range(1, 26):
+        improve(policy, optimizer, rollouts, 0, iteration, RDPO.model_validate(settings))
+    gain = reward(rollouts.images(policy.mean(), start, wanted), wanted) - before
+    assert gain.mean() > 3 * gain.std() / 16
+    assert policy.kl() > 0
 
 
 def test_no_noise_is_in_two_splits() -> None:
@@ -128,12 +194,12 @@ def test_a_checkpoint_of_other_parameters_is_not_used(upstream: Path, workspace:
     from stages.params import load_params
 
     params = load_params()
-    mine = Checkpoint("rdpo", {"seed": 0, "rdpo": params.rdpo}, [Path("models/distilled")])
+    mine = Checkpoint("rdpo", {"seed": 0, "rdpo": params.rdpo}, [Path("models/distilled/predictor.json")])
     mine.save({"part": {"x": torch.ones(2)}}, {"cursor": 3})
     assert mine.load() is not None
     other = params.rdpo.model_copy(update={"learning_rate": 1.0})
-    assert Checkpoint("rdpo", {"seed": 0, "rdpo": other}, [Path("models/distilled")]).load() is None
-    assert Checkpoint("rdpo", {"seed": 0, "rdpo": params.rdpo}, [Path("models/rdpo")]).load() is None
+    assert Checkpoint("rdpo", {"seed": 0, "rdpo": other}, [Path("models/distilled/predictor.json")]).load() is None
+    assert Checkpoint("rdpo", {"seed": 0, "rdpo": params.rdpo}, [Path("models/rdpo/predictor.json")]).load() is None
     mine.path.write_bytes(mine.path.read_bytes()[:100])
     assert mine.load() is None
 
@@ -213,16 +279,20 @@ def failure(stage: str, *arguments: str) -> str:
         ("report", [], "results/rdpo.csv", "rdpo"),
     ],
 )
-@pytest.mark.parametrize("corrupt", [False, True], ids=["missing", "corrupt"])
+@pytest.mark.parametrize("damage", ["missing", "corrupt", "truncated"])
 def test_a_spoilt_input_names_the_stage_that_makes_it(
-    stage: str, arguments: list[str], spoilt: str, maker: str, corrupt: bool, upstream: Path, capsys: pytest.CaptureFixture[str]
+    stage: str, arguments: list[str], spoilt: str, maker: str, damage: str, upstream: Path
 ) -> None:
     from stages.files import InputError
 
-    if corrupt:
-        (upstream / spoilt).write_bytes(b"\x80\x04not what it should be")
-    else:
-        (upstream / spoilt).unlink()
+    file = upstream / spoilt
+    match damage:
+        case "missing":
+            file.unlink()
+        case "corrupt":
+            file.write_bytes(b"\x80\x04not what it should be")
+        case "truncated":
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(InputError, match=rf"stage {maker} (makes it: dvc repro {maker}|writes .* {maker})") as error:
         run(stage, arguments)
     assert str(Path(spoilt).parent) in str(error.value)
@@ -231,7 +301,21 @@ def test_a_spoilt_input_names_the_stage_that_makes_it(
 def test_the_command_line_reports_in_one_line(upstream: Path) -> None:
     (upstream / "data/refs.npz").unlink()
     assert "stage rdpo: data/refs.npz: missing; stage refs makes it: dvc repro refs" in failure("rdpo")
-    assert "samplers: found no 'foo'; valid: reference, euler, heun, distilled, rdpo" in failure("sample", "foo")
+    for stage in ("sample", "evaluate"):
+        assert "samplers: found no 'a/b'; valid: reference, euler, heun, distilled, rdpo" in failure(stage, "a/b")
+
+
+def test_what_other_parameters_made_is_not_used(upstream: Path, workspace: Workspace) -> None:
+    from stages.files import InputError
+
+    params = small()
+    params["num_steps"] = 3
+    workspace(params)
+    with pytest.raises(InputError, match=r"num_steps 4; valid: 3\); make it again: dvc repro .* teacher"):
+        run("distill", [])
+    workspace(small() | {"guidance_scale": 2.0})
+    with pytest.raises(InputError, match=r"guidance_scale 1.0; valid: 2.0\); make it again: dvc repro .* distill"):
+        run("sample", ["distilled"])
 
 
 def test_a_sampler_that_cannot_make_the_evaluations_is_told_what_would() -> None:

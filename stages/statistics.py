@@ -1,0 +1,8 @@
+"""Means and their uncertainty."""
+
+from torch import Tensor
+
+
+def mean_error(values: Tensor) -> float:
+    """Standard error of the mean of independent values (n,)."""
+    return values.std().item() / len(values) ** 0.5
