@@ -78,7 +78,7 @@ def statistics(features: Tensor) -> Statistics:
 
 def load_statistics(file: Path) -> Statistics:
     """Read an npz of mu and sigma."""
-    with np.load(file, allow_pickle=False) as found:
+    with file.open("rb") as opened, np.load(opened, allow_pickle=False) as found:
         return {"mu": found["mu"], "sigma": found["sigma"]}
 
 
