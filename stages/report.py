@@ -183,9 +183,9 @@ def distillation_curve() -> str:
     points = read_csv(RESULTS / "distill.csv")
     figure = Figure(figsize=(5.5, 3.6), layout="constrained")
     axes = figure.add_subplot(title="Distillation", xlabel="iteration", ylabel="RMSE to the teacher")
-    for key, label in (("train_rmse", "training batch"), ("validation_rmse", "validation")):
+    for key, label in (("train_rmse", "training noise"), ("validation_rmse", "validation noise")):
         axes.plot([p["iteration"] for p in points], [p[key] for p in points], marker=".", label=label)
-    axes.set_ylim(bottom=0)
+    axes.set_yscale("log")
     axes.legend()
     return svg(figure)
 
