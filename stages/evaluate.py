@@ -9,7 +9,7 @@ from backends import Digits
 from metrics.accuracy import Accuracy
 from metrics.frechet import JUDGE, Frechet, bootstrap_distances, distance, load_statistics, resampled, statistics
 from metrics.log_probability import LogProbability
-from stages.command import command
+from stages.command import command, progress
 from stages.files import BACKBONE, REFS, RESULTS, SAMPLES, SCORES, read_tensors, reading, require, write_json, write_tensors
 from stages.noise import prompts
 from stages.params import Evaluate
@@ -35,14 +35,13 @@ def evaluate(sampler: str, *, evaluate: Evaluate) -> None:
         "reward": reward(images, wanted),
         "accuracy": judge(images, wanted),
         "squared_error": squared_error,
-        "frechet_distance_bootstrap": torch.from_numpy(bootstrap_distances(features, refs, evaluate.bootstrap)),
-        "distance_to_reference_bootstrap": torch.from_numpy(
-            bootstrap_distances(features, reference_features, evaluate.bootstrap)
-        ),
         "rmse_bootstrap": torch.stack(
             [squared_error[rows].mean().sqrt() for rows in resampled(len(states), evaluate.bootstrap)]
         ),
     }
+    others = [("frechet_distance", refs), ("distance_to_reference", reference_features)]
+    for name, other in progress(others, f"evaluate {sampler}", "distance"):
+        scores[f"{name}_bootstrap"] = torch.from_numpy(bootstrap_distances(features, other, evaluate.bootstrap))
     results = {
         "n": len(states),
         **cost,
