@@ -76,10 +76,8 @@ def test_no_digit_is_used_twice(finished: Path, upstream: Path, monkeypatch: pyt
 
     def capture(seed: int, name: str, params: Any, images: torch.Tensor, labels: torch.Tensor) -> Any:
         given[name] = images
-        raise_after = len(given) == 2
-        if raise_after:
-            raise KeyboardInterrupt
-        return None
+        if name == "judge":
+            raise KeyboardInterrupt  # the last that is trained: nothing need be written
 
     monkeypatch.setattr(module, "train_network", lambda *_: None)
     monkeypatch.setattr(module, "train_classifier", capture)
