@@ -1,14 +1,37 @@
 """The mathematics: a solver is a table of numbers per step, and one short loop integrates any table."""
 
 from solvers.afs import AFS
-from solvers.classical import SOLVERS, dpm_solver_2, dpm_solver_pp_2m, euler, heun, ipndm
-from solvers.denoiser import Counter, Denoiser, Guided
+from solvers.classical import (
+    SOLVERS,
+    adams_bashforth,
+    ddpm,
+    deis,
+    dpm_solver_2,
+    dpm_solver_pp,
+    euler,
+    heun,
+    ipndm,
+    midpoint,
+    rk4,
+    unipc,
+)
+from solvers.denoiser import Counter, Denoiser, FeatureDenoiser, Guided
 from solvers.epd import EPD, EPDTable
-from solvers.integrate import integrate, trajectory
+from solvers.integrate import Noise, advance, integrate, trajectory
+from solvers.parallel import ParallelStatistics, parallel_integrate
 from solvers.policy import Draw, Policy
 from solvers.predictor import Predictor, load_predictor, save_predictor
-from solvers.schedules import logsnr, polynomial, time_uniform
-from solvers.table import Solver, StepTable, depth
+from solvers.schedules import (
+    discrete,
+    discrete_sigma,
+    discrete_time,
+    dynamic_shift,
+    flowmatch,
+    logsnr,
+    polynomial,
+    time_uniform,
+)
+from solvers.table import Solver, StepTable, constant_table, depth
 
 __all__ = [
     "AFS",
@@ -18,22 +41,39 @@ __all__ = [
     "Denoiser",
     "Draw",
     "EPDTable",
+    "FeatureDenoiser",
     "Guided",
+    "Noise",
+    "ParallelStatistics",
     "Policy",
     "Predictor",
     "Solver",
     "StepTable",
+    "adams_bashforth",
+    "advance",
+    "constant_table",
+    "ddpm",
+    "deis",
     "depth",
+    "discrete",
+    "discrete_sigma",
+    "discrete_time",
     "dpm_solver_2",
-    "dpm_solver_pp_2m",
+    "dpm_solver_pp",
+    "dynamic_shift",
     "euler",
+    "flowmatch",
     "heun",
     "integrate",
     "ipndm",
     "load_predictor",
     "logsnr",
+    "midpoint",
+    "parallel_integrate",
     "polynomial",
+    "rk4",
     "save_predictor",
     "time_uniform",
     "trajectory",
+    "unipc",
 ]

@@ -1,6 +1,6 @@
 """What the solvers call, and wrappers around it."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -12,6 +12,24 @@ class Denoiser(Protocol):
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         """x (M*B, ...) at noise levels sigma (M*B,) -> D (M*B, ...); row i has condition i mod B."""
         ...
+
+
+@runtime_checkable
+class FeatureDenoiser(Denoiser, Protocol):
+    """A denoiser that can also say what its network saw."""
+
+    def with_feature(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """As a call, with the U-Net's bottleneck averaged over its channels, (M*B, F), without gradient."""
+        ...
+
+
+def with_feature(denoise: Denoiser, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """D (M*B, ...) and the feature (M*B, F); raises TypeError where the denoiser has none."""
+    if not isinstance(denoise, FeatureDenoiser):
+        raise TypeError(
+            f"denoise: {type(denoise).__name__} gives no feature; valid: a denoiser with `with_feature` (AMED needs it)"
+        )
+    return denoise.with_feature(x, sigma)
 
 
 class Counter:
@@ -28,9 +46,16 @@ class Counter:
         self.rows = 0
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+        self._count(x)
+        return self.denoise(x, sigma)
+
+    def with_feature(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        self._count(x)
+        return with_feature(self.denoise, x, sigma)
+
+    def _count(self, x: Tensor) -> None:
         self.depth += 1
         self.rows += x.shape[0]
-        return self.denoise(x, sigma)
 
 
 class Guided:
@@ -48,8 +73,18 @@ class Guided:
         self.batch = batch
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+        return self._guide(self.denoise(*self._both(x, sigma)))
+
+    def with_feature(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """The feature is that of the wanted conditions."""
+        out, feature = with_feature(self.denoise, *self._both(x, sigma))
+        return self._guide(out), feature.unflatten(0, (-1, 2, self.batch))[:, 0].flatten(0, 1)
+
+    def _both(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         rows = x.unflatten(0, (-1, 1, self.batch)).expand(-1, 2, -1, *x.shape[1:])  # (M, 2, B, ...)
         sigmas = sigma.unflatten(0, (-1, 1, self.batch)).expand(-1, 2, -1)
-        out = self.denoise(rows.flatten(0, 2), sigmas.flatten())
+        return rows.flatten(0, 2), sigmas.flatten()
+
+    def _guide(self, out: Tensor) -> Tensor:
         wanted, other = out.unflatten(0, (-1, 2, self.batch)).unbind(1)  # (M, B, ...) each
         return torch.lerp(other, wanted, self.scale).flatten(0, 1)

@@ -1,10 +1,16 @@
 """One step of any solver as a table of numbers."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
+
+Form = Literal["noise", "data"]
+Numbers = list[float] | list[Tensor]
+"""Coefficients as the loop uses them: plain numbers where they can be, else (B,) or () tensors with their gradients."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +24,9 @@ class StepTable:
         noise form   y = x + (sigma_y - sigma) sum_j c_j d_j                  d_j = (y_j - D_j) / nodes[j]
         data form    y = alpha x + (1 - alpha) sum_j c_j D_j                  alpha = sigma_y / sigma
 
-    *S is empty, or (B,) where each image of the batch has a table of its own.
+    An ancestral step adds ``noise`` times unit noise; its update leads to sqrt(sigma_next^2 - noise^2) instead.
+
+    *S is empty, or (B,) where each image of the batch has a table of its own. Tables live on the CPU whatever device x is on.
 
     Attributes:
         sigma, sigma_next: noise levels at both ends, ().
@@ -28,16 +36,34 @@ class StepTable:
         update: coefficients of the next state, (*S, H + E).
         time_scale: factor on the noise level that the network is shown, (*S, E).
         analytic_first: evaluation 0, at x itself, is not the network's but d = x / sqrt(1 + sigma^2).
+        noise: standard deviation of the noise that the step adds, in units of sigma.
+        adapt: where the rest of the step depends on evaluation 0: makes the whole table from the feature that the backbone
+            gave with it, (B, F), or from None where evaluation 0 is analytic. Evaluation 0 itself stays.
+
+    Raises:
+        ValueError: the shapes do not fit together, or the noise is more than sigma_next holds.
     """
 
     sigma: Tensor
     sigma_next: Tensor
-    form: Literal["noise", "data"]
+    form: Form
     nodes: Tensor
     stage: Tensor
     update: Tensor
     time_scale: Tensor
     analytic_first: bool = False
+    noise: float = 0.0
+    adapt: Callable[[Tensor | None], "StepTable"] | None = None
+
+    def __post_init__(self) -> None:
+        evaluations, width = self.nodes.shape[-1], self.update.shape[-1]
+        if self.stage.shape[-2:] != (evaluations, width) or self.time_scale.shape[-1] != evaluations or width < evaluations:
+            shapes = ", ".join(
+                f"{name} {tuple(getattr(self, name).shape)}" for name in ("nodes", "stage", "update", "time_scale")
+            )
+            raise ValueError(f"table: {shapes}; valid: nodes (E), stage (E, H + E), update (H + E), time_scale (E)")
+        if self.noise and not 0 < self.noise < self.sigma_next:
+            raise ValueError(f"noise: {self.noise}; valid: at least 0, less than sigma_next, {self.sigma_next.item()}")
 
     @property
     def evaluations(self) -> int:
@@ -49,14 +75,42 @@ class StepTable:
         """H, outputs of earlier evaluations that the step looks back on."""
         return self.update.shape[-1] - self.evaluations
 
-    @property
+    @cached_property
     def levels(self) -> list[list[int]]:
         """The network's evaluations, grouped: those of a level need only earlier levels' outputs, so they make one batch."""
-        needs = nonzero(self.stage)[:, self.history :].tolist()  # (E, E)
         depth: dict[int, int] = {}
         for i in range(int(self.analytic_first), self.evaluations):
-            depth[i] = 1 + max((d for j, d in depth.items() if needs[i][j]), default=-1)
+            row = self.rows[i][self.history :]
+            depth[i] = 1 + max((d for j, d in depth.items() if is_used(row[j])), default=-1)
         return [[i for i, d in depth.items() if d == level] for level in sorted(set(depth.values()))]
+
+    @cached_property
+    def rows(self) -> list[Numbers]:
+        """The rows of `stage`, as the loop uses them."""
+        return [numbers(self.stage[..., i, :]) for i in range(self.evaluations)]
+
+    @cached_property
+    def update_row(self) -> Numbers:
+        """`update`, as the loop uses it."""
+        return numbers(self.update)
+
+    @cached_property
+    def ends(self) -> tuple[float | Tensor, float | Tensor]:
+        """`sigma` and `sigma_next`, as the loop uses them."""
+        return plain(self.sigma), plain(self.sigma_next)
+
+    @cached_property
+    def shown(self) -> Numbers:
+        """The noise level that the network is shown at each evaluation."""
+        return numbers(self.nodes * self.time_scale)
+
+    @cached_property
+    def _nodes(self) -> Numbers:
+        return numbers(self.nodes)
+
+    def node(self, i: int) -> float | Tensor:
+        """The noise level of evaluation i."""
+        return self._nodes[i]
 
     @property
     def consistent(self) -> bool:
@@ -76,10 +130,58 @@ class Solver(Protocol):
         ...
 
 
-def nonzero(coefficients: Tensor) -> Tensor:
-    """Which coefficients are not zero for some image: (*S, ...) -> bool (...), where the last dimensions are the table's."""
-    used = coefficients.detach() != 0
-    return used.flatten(0, -3).any(0) if used.ndim > 2 else used
+def constant_table(
+    sigma: float,
+    sigma_next: float,
+    form: Form,
+    nodes: Sequence[float],
+    stage: Sequence[Sequence[float]],
+    update: Sequence[float],
+    noise: float = 0.0,
+) -> StepTable:
+    """The table of a classical solver, from plain numbers; arguments as the attributes of `StepTable`.
+
+    Raises:
+        ValueError: the update's coefficients do not sum to 1; a stage's neither do nor are all 0 (the state x itself); a node,
+            where the network is evaluated and d = (y - D) / sigma is taken, is not positive.
+    """
+    here = f"in the step from sigma {sigma} to {sigma_next}"
+    if abs(sum(update) - 1) > 1e-9:
+        raise ValueError(f"update: {list(update)} {here}, sum {sum(update)}; valid: coefficients that sum to 1")
+    for row in stage:
+        if any(row) and abs(sum(row) - 1) > 1e-9:
+            raise ValueError(f"stage: {list(row)} {here}, sum {sum(row)}; valid: coefficients that sum to 1, or all 0")
+    if not all(node > 0 for node in nodes):
+        raise ValueError(f"sigmas: the network is evaluated at {min(nodes)} {here}; valid: positive noise levels")
+    return StepTable(
+        sigma=torch.tensor(sigma, dtype=torch.float64),
+        sigma_next=torch.tensor(sigma_next, dtype=torch.float64),
+        form=form,
+        nodes=torch.tensor(nodes, dtype=torch.float64),
+        stage=torch.tensor(stage, dtype=torch.float64).reshape(len(nodes), len(update)),
+        update=torch.tensor(update, dtype=torch.float64),
+        time_scale=torch.ones(len(nodes), dtype=torch.float64),
+        noise=noise,
+    )
+
+
+def numbers(coefficients: Tensor) -> Numbers:
+    """Coefficients (*S, n) as n plain numbers; as n tensors where they differ between images or have gradients."""
+    if coefficients.ndim == 1 and not coefficients.requires_grad:
+        return coefficients.tolist()
+    return list(coefficients.unbind(-1))
+
+
+def plain(value: Tensor) -> float | Tensor:
+    """A number () without its tensor, unless it has a gradient or one value for each image (B,)."""
+    return value if value.requires_grad or value.ndim else value.item()
+
+
+def is_used(coefficient: float | Tensor) -> bool:
+    """Whether a coefficient is not zero, for any image."""
+    if isinstance(coefficient, Tensor):
+        return bool((coefficient.detach() != 0).any())
+    return coefficient != 0
 
 
 def depth(solver: Solver, sigmas: Tensor) -> int:
