@@ -37,7 +37,8 @@ $(INSTALLED):
 
 # params.yaml as conf/ composes it by default, with conf's comments
 params: install
-	@(sed '/^defaults:/,/^$$/d' conf/config.yaml; echo; sed '/^# @package/,/^$$/d' conf/backbone/digits.yaml) > params.yaml.new
+	@(sed '/^defaults:/,/^$$/d' conf/config.yaml; for group in family/epd backbone/digits; do \
+		echo; sed '/^# @package/,/^$$/d' conf/$$group.yaml; done) > params.yaml.new
 	@mv params.yaml.new params.yaml
 	python -m stages.params
 

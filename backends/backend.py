@@ -17,11 +17,13 @@ class Spec:
         shape: of one state x, without the batch.
         sigma_min, sigma_max: noise levels that the network was trained for. The state at the first node is sigmas[0] times
             unit noise, for variance-exploding models (sigma_max) as for flow models (1).
+        features: numbers in the feature that the denoiser gives (`FeatureDenoiser`); 0: it gives none.
     """
 
     shape: tuple[int, ...]
     sigma_min: float
     sigma_max: float
+    features: int = 0
 
 
 class Backend(Protocol):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, silu
 
 from backends.backend import Spec
-from solvers import Denoiser
+from solvers import FeatureDenoiser
 
 CLASSES = 10
 UNCONDITIONAL = CLASSES
@@ -28,7 +28,7 @@ class Digits:
         network: in eval mode.
     """
 
-    spec = Spec(shape=(1, 8, 8), sigma_min=0.002, sigma_max=80.0)
+    spec = Spec(shape=(1, 8, 8), sigma_min=0.002, sigma_max=80.0, features=16)
 
     def __init__(self, network: "UNet") -> None:
         self.network = network.eval().requires_grad_(False)
@@ -51,15 +51,8 @@ class Digits:
         weights = {name: value.contiguous() for name, value in self.network.state_dict().items()}
         file.write_bytes(save(weights, {"unet": json.dumps(shape)}))  # one entry: the format orders several at random
 
-    def denoiser(self, prompts: Sequence[str]) -> Denoiser:
-        labels = labels_of(prompts)
-
-        def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-            rows = torch.arange(len(x) + -len(x) % ROWS).clamp_max(len(x) - 1)  # the last row again, up to a full call
-            chunks = zip(x[rows].split(ROWS), sigma[rows].split(ROWS), labels[rows % len(labels)].split(ROWS), strict=True)
-            return torch.cat([self.network(*chunk) for chunk in chunks])[: len(x)]
-
-        return denoise
+    def denoiser(self, prompts: Sequence[str]) -> FeatureDenoiser:
+        return _Denoiser(self.network, labels_of(prompts))
 
     @staticmethod
     def decode(x: Tensor) -> Tensor:
@@ -70,6 +63,24 @@ class Digits:
     def encode(images: Tensor) -> Tensor:
         """Images (B, 1, 8, 8) in [0, 1] -> data x0, the inverse of `decode`."""
         return 2 * images - 1
+
+
+class _Denoiser:
+    """The network for given labels, (B,)."""
+
+    def __init__(self, network: "UNet", labels: Tensor) -> None:
+        self.network = network
+        self.labels = labels
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+        return self.with_feature(x, sigma)[0]
+
+    def with_feature(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        rows = torch.arange(len(x) + -len(x) % ROWS).clamp_max(len(x) - 1)  # the last row again, up to a full call
+        parts = (x[rows], sigma[rows], self.labels[rows % len(self.labels)])
+        chunks = zip(*(part.split(ROWS) for part in parts), strict=True)
+        denoised, features = zip(*(self.network.with_feature(*chunk) for chunk in chunks), strict=True)
+        return torch.cat(denoised)[: len(x)], torch.cat(features)[: len(x)].detach()
 
 
 def labels_of(prompts: Sequence[str]) -> Tensor:
@@ -108,14 +119,18 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
         """States (B, 1, 8, 8) at sigma (B,) with labels (B,) -> D, in the state's dtype; the network computes in float32."""
+        return self.with_feature(x, sigma, labels)[0]
+
+    def with_feature(self, x: Tensor, sigma: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """D, and the bottleneck's mean over its channels (B, 16)."""
         level = sigma.view(-1, 1, 1, 1)
         total = level**2 + self.sigma_data**2
         c_skip = self.sigma_data**2 / total
         c_out = level * self.sigma_data / total.sqrt()
-        out = self._network((x / total.sqrt()).float(), (sigma.log() / 4).float(), labels)
-        return c_skip * x + c_out * out.to(x.dtype)
+        out, feature = self._network((x / total.sqrt()).float(), (sigma.log() / 4).float(), labels)
+        return c_skip * x + c_out * out.to(x.dtype), feature.to(x.dtype)
 
-    def _network(self, x: Tensor, noise: Tensor, labels: Tensor) -> Tensor:
+    def _network(self, x: Tensor, noise: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         frequencies = math.pi * 2.0 ** torch.linspace(-3, 3, self.channels // 2)
         angles = noise[:, None] * frequencies
         embedding = self.noise_embedding(torch.cat([angles.sin(), angles.cos()], 1))
@@ -124,9 +139,10 @@ class UNet(nn.Module):
         h = self.down(fine)  # (B, 2C, 4, 4)
         for block in self.middle:
             h = block(h, embedding)
+        feature = h.mean(1).flatten(1)  # (B, 16)
         h = self.up(interpolate(h, scale_factor=2))
         h = self.up_block(torch.cat([h, fine], 1), embedding)
-        return self.last(silu(self.last_norm(h)))
+        return self.last(silu(self.last_norm(h))), feature
 
 
 class _Block(nn.Module):

@@ -1,6 +1,7 @@
 """The mathematics: a solver is a table of numbers per step, and one short loop integrates any table."""
 
 from solvers.afs import AFS
+from solvers.amed import AMED
 from solvers.classical import (
     SOLVERS,
     adams_bashforth,
@@ -15,9 +16,11 @@ from solvers.classical import (
     rk4,
     unipc,
 )
-from solvers.denoiser import Counter, Denoiser, FeatureDenoiser, Guided
+from solvers.d_ode import fit_d_ode
+from solvers.denoiser import Checkpointed, Counter, Denoiser, FeatureDenoiser, Guided
 from solvers.epd import EPD, EPDTable
 from solvers.integrate import Noise, advance, integrate, trajectory
+from solvers.multistep import Multistep, MultistepTable
 from solvers.parallel import ParallelStatistics, parallel_integrate
 from solvers.policy import Draw, Policy
 from solvers.predictor import Predictor, load_predictor, save_predictor
@@ -35,14 +38,18 @@ from solvers.table import Solver, StepTable, constant_table, depth
 
 __all__ = [
     "AFS",
+    "AMED",
     "EPD",
     "SOLVERS",
+    "Checkpointed",
     "Counter",
     "Denoiser",
     "Draw",
     "EPDTable",
     "FeatureDenoiser",
     "Guided",
+    "Multistep",
+    "MultistepTable",
     "Noise",
     "ParallelStatistics",
     "Policy",
@@ -62,6 +69,7 @@ __all__ = [
     "dpm_solver_pp",
     "dynamic_shift",
     "euler",
+    "fit_d_ode",
     "flowmatch",
     "heun",
     "integrate",

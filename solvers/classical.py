@@ -84,13 +84,13 @@ ADAMS_BASHFORTH = ([1.0], [-1 / 2, 3 / 2], [5 / 12, -16 / 12, 23 / 12], [-9 / 24
 
 def ipndm(max_order: int) -> Solver:
     """iPNDM (Zhang and Chen 2023): the Adams-Bashforth coefficients of constant steps, on any grid; max_order 1 to 4."""
-    _check_order(max_order, 4)
+    check_order(max_order, 4)
     return _multistep("noise", max_order, lambda levels: ADAMS_BASHFORTH[len(levels) - 2])
 
 
 def adams_bashforth(max_order: int) -> Solver:
     """Adams-Bashforth with variable steps: d is interpolated in sigma and integrated exactly; max_order 1 to 4."""
-    _check_order(max_order, 4)
+    check_order(max_order, 4)
     return _multistep("noise", max_order, lambda levels: _interpolated(levels, lambda sigma: sigma, log_spaced=False))
 
 
@@ -101,7 +101,7 @@ def deis(max_order: int, variable: Literal["time", "log_sigma"] = "time") -> Sol
         max_order: outputs used, as soon as there are as many.
         variable: the time of the variance-preserving process that has sigma 0.002 to 80 ("tab"), or log sigma ("log-rho").
     """
-    _check_order(max_order, 4)
+    check_order(max_order, 4)
     variables = {"time": lambda sigma: variance_preserving_time(sigma, 0.002, 80.0), "log_sigma": torch.log}
     if variable not in variables:
         raise ValueError(f"variable: {variable!r}; valid: {', '.join(variables)}")
@@ -118,7 +118,7 @@ def dpm_solver_pp(max_order: int, form: Form = "data", *, corrected: bool = Fals
             order 2. Corrected, it is of order 3.
         lower_order_final: lower the order over the last steps, down to 1 at the last one.
     """
-    _check_order(max_order, 3)
+    check_order(max_order, 3)
     _check_form(form)
 
     def coefficients(levels: Levels) -> list[float]:
@@ -154,7 +154,7 @@ def unipc(
         variant: the function B(h) of the paper: h, or e^h - 1.
         lower_order_final: lower the order over the last steps, down to 1 at the last one.
     """
-    _check_order(max_order, 3)
+    check_order(max_order, 3)
     _check_form(form)
     if variant not in ("bh1", "bh2"):
         raise ValueError(f"variant: {variant!r}; valid: bh1, bh2")
@@ -264,7 +264,8 @@ def _phi(z: float, count: int) -> list[float]:
     return list(accumulate(range(1, count), lambda phi, k: phi / z - 1 / math.factorial(k), initial=math.expm1(z)))
 
 
-def _check_order(max_order: int, highest: int) -> None:
+def check_order(max_order: int, highest: int) -> None:
+    """Raise ValueError unless 1 <= max_order <= highest."""
     if max_order not in range(1, highest + 1):
         raise ValueError(f"max_order: {max_order}; valid: 1 to {highest}")
 

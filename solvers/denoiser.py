@@ -4,6 +4,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 
 class Denoiser(Protocol):
@@ -26,9 +27,7 @@ class FeatureDenoiser(Denoiser, Protocol):
 def with_feature(denoise: Denoiser, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
     """D (M*B, ...) and the feature (M*B, F); raises TypeError where the denoiser has none."""
     if not isinstance(denoise, FeatureDenoiser):
-        raise TypeError(
-            f"denoise: {type(denoise).__name__} gives no feature; valid: a denoiser with `with_feature` (AMED needs it)"
-        )
+        raise TypeError(f"denoise: {type(denoise).__name__} gives no feature; valid: a FeatureDenoiser, as AMED needs")
     return denoise.with_feature(x, sigma)
 
 
@@ -56,6 +55,19 @@ class Counter:
     def _count(self, x: Tensor) -> None:
         self.depth += 1
         self.rows += x.shape[0]
+
+
+class Checkpointed:
+    """A denoiser whose network's activations are not kept for the gradient but made again: one call's memory instead of all."""
+
+    def __init__(self, denoise: Denoiser) -> None:
+        self.denoise = denoise
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+        return checkpoint(self.denoise, x, sigma, use_reentrant=False)
+
+    def with_feature(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        return checkpoint(with_feature, self.denoise, x, sigma, use_reentrant=False)
 
 
 class Guided:

@@ -47,7 +47,10 @@ def trajectory(denoise: Denoiser, solver: Solver, x: Tensor, sigmas: Tensor, noi
     yield x
     for step in range(len(sigmas) - 1):
         table = solver(step, sigmas)
-        x, outputs = advance(denoise, table, x, outputs, fresh_noise(table, step, noise, x))
+        try:
+            x, outputs = advance(denoise, table, x, outputs, fresh_noise(table, step, noise, x))
+        except FloatingPointError as error:
+            raise FloatingPointError(f"step {step} of {len(sigmas) - 1}: {error}") from error
         yield x
 
 

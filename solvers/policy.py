@@ -1,4 +1,6 @@
-"""A distribution over EPD tables, for reinforcement learning (RDPO)."""
+"""A distribution over learned tables, for reinforcement learning (RDPO)."""
+
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -6,37 +8,48 @@ from torch import Tensor, nn
 from torch.distributions import Dirichlet, Distribution, Independent, LogNormal, kl_divergence
 
 from solvers.epd import EPDTable
+from solvers.multistep import MultistepTable
 
 SMALLEST = 1e-6  # a drawn share is at least this: log-probabilities stay finite, points stay apart
 
 Draw = dict[str, Tensor]
-"""Drawn tables, as what the policy draws: `segments` (B, N, K + 1), the lengths of the pieces that the K positions cut (0, 1)
-into; `weight` (B, N, K); and those of `direction_scale` and `time_scale` (B, N, K) that are not kept."""
+"""Drawn tables, as what the policy draws. Of EPD tables `segments` (B, N, K + 1), the lengths of the pieces that the K
+positions cut (0, 1) into, and `weight` (B, N, K); `direction_scale` and `time_scale`, where they are not kept, (B, N, K). Of
+multistep tables `direction_scale` is a factor on each coefficient of the next states, (B, N, W)."""
 
 
 class Policy(nn.Module):
-    """Per interval: segments ~ Dirichlet, weights ~ Dirichlet, scales ~ log-normal.
+    """Per interval: segments ~ Dirichlet, weights ~ Dirichlet, scales ~ log-normal. Multistep tables have scales alone.
 
     A small network gives residuals on the logarithms of the Dirichlets' concentrations, around concentration * (base table),
     and of the scales. Its last layer starts at zero, so the policy's mean starts as the base table.
 
     Args:
-        base: the distilled table, (N, K); its points are sorted within each interval.
+        base: the distilled table; an EPD table's points are sorted within each interval.
         concentration: sum of each base Dirichlet's parameters; the larger, the closer the draws stay to the mean.
         scale_std: standard deviation of the logarithm of `direction_scale` and of `time_scale`; 0 keeps the base table's.
         hidden, blocks: width and residual blocks of the network.
     """
 
-    def __init__(self, base: EPDTable, concentration: float, scale_std: dict[str, float], hidden: int, blocks: int) -> None:
+    def __init__(
+        self, base: EPDTable | MultistepTable, concentration: float, scale_std: dict[str, float], hidden: int, blocks: int
+    ) -> None:
         super().__init__()
-        self.base = base.sorted()
+        self.base = base.sorted() if isinstance(base, EPDTable) else base
         self.scale_std = {name: std for name, std in scale_std.items() if std > 0}
-        edge = torch.zeros_like(self.base.position[:, :1])
-        segments = torch.diff(self.base.position, prepend=edge, append=edge + 1)
-        self.start = {"segments": (concentration * segments).log(), "weight": (concentration * self.base.weight).log()}
+        self.start: dict[str, Tensor] = {}
+        if isinstance(self.base, EPDTable):
+            edge = torch.zeros_like(self.base.position[:, :1])
+            segments = torch.diff(self.base.position, prepend=edge, append=edge + 1)
+            self.start = {"segments": (concentration * segments).log(), "weight": (concentration * self.base.weight).log()}
+            self.scales = {"direction_scale": self.base.direction_scale, "time_scale": self.base.time_scale}
+        else:
+            self.scales = {"direction_scale": torch.ones_like(self.base.update), "time_scale": self.base.time_scale}
         for name, std in self.scale_std.items():
-            self.start[name] = getattr(self.base, name).log() - std**2 / 2  # so that the log-normal's mean is the base's
-        self.embedding = nn.Embedding(len(segments), hidden, dtype=torch.float64)
+            self.start[name] = self.scales[name].log() - std**2 / 2  # so that the log-normal's mean is the base's
+        if not self.start:
+            raise ValueError(f"scale_std: {scale_std}; valid: one above 0, or there is nothing to draw of a multistep table")
+        self.embedding = nn.Embedding(self.base.num_steps - 1, hidden, dtype=torch.float64)
         self.blocks = nn.ModuleList(_Residual(hidden) for _ in range(blocks))
         self.head = nn.Linear(hidden, sum(s.shape[-1] for s in self.start.values()), dtype=torch.float64)
         nn.init.zeros_(self.head.weight)
@@ -65,18 +78,17 @@ class Policy(nn.Module):
         base = self._distributions(list(self.start.values()))
         return torch.stack([kl_divergence(p, base[name]).sum() for name, p in self.distributions().items()]).sum()
 
-    def table(self, draw: Draw) -> EPDTable:
-        """The drawn tables, (B, N, K)."""
+    def table(self, draw: Draw) -> EPDTable | MultistepTable:
+        """The drawn tables: those of the draw's parts that it lacks are the base's."""
+        if isinstance(self.base, MultistepTable):
+            update = self.base.update * draw.get("direction_scale", self.scales["direction_scale"])
+            return replace(self.base, update=update, time_scale=draw.get("time_scale", self.base.time_scale))
         position = draw["segments"].cumsum(-1)[..., :-1]
-        return EPDTable(
-            position=position,
-            weight=draw["weight"],
-            direction_scale=draw.get("direction_scale", self.base.direction_scale.expand_as(position)),
-            time_scale=draw.get("time_scale", self.base.time_scale.expand_as(position)),
-        )
+        scales = {name: draw.get(name, value.expand_as(position)) for name, value in self.scales.items()}
+        return replace(self.base, position=position, weight=draw["weight"], **scales)
 
-    def mean(self) -> EPDTable:
-        """The table to deploy: the distributions' means, (N, K)."""
+    def mean(self) -> EPDTable | MultistepTable:
+        """The table to deploy: the distributions' means."""
         with torch.no_grad():
             return self.table({name: distribution.mean for name, distribution in self.distributions().items()})
 
@@ -84,7 +96,8 @@ class Policy(nn.Module):
         """From the logarithms of concentrations and of scales, in the order of `start`."""
         named = dict(zip(self.start, logs, strict=True))
         scales = {name: Independent(LogNormal(named[name], std), 1) for name, std in self.scale_std.items()}
-        return {"segments": Dirichlet(named["segments"].exp()), "weight": Dirichlet(named["weight"].exp()), **scales}
+        shares = {name: Dirichlet(logs.exp()) for name, logs in named.items() if name not in scales}
+        return {**shares, **scales}
 
 
 class _Residual(nn.Module):

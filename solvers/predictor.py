@@ -1,11 +1,10 @@
 """A learned table as an artifact: predictor.safetensors beside predictor.json. Data only, nothing in it is ever executed."""
 
-import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -13,12 +12,18 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from solvers.afs import AFS
+from solvers.amed import AMED
 from solvers.epd import EPDTable
 from solvers.integrate import check_grid
-from solvers.table import Solver, StepTable
+from solvers.multistep import MultistepTable
+from solvers.table import Form, Solver, StepTable
 
 FORMAT_VERSION = 1
 TENSORS, RECORD = "predictor.safetensors", "predictor.json"
+
+
+Table = EPDTable | MultistepTable | AMED
+"""What a predictor may hold; the families of its record are "epd", "multistep" and "amed"."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,7 @@ class Predictor:
 
     Attributes:
         table: its numbers.
-        sigmas: the grid it was learned on, float64 (num_steps,).
+        sigmas: the grid it was learned on, or with, float64 (num_steps,).
         afs: whether its first evaluation is the analytical one.
         backbone: name of the frozen model and sha256 of its weights.
         guidance_scale: guidance it was learned with.
@@ -35,7 +40,7 @@ class Predictor:
             metrics.
     """
 
-    table: EPDTable
+    table: Table
     sigmas: Tensor
     afs: bool
     backbone: dict[str, str]
@@ -49,21 +54,22 @@ class Predictor:
 
 def save_predictor(predictor: Predictor, folder: Path) -> None:
     """Write the two files of a predictor into an existing folder; the same predictor gives the same bytes."""
-    fields = dataclasses.fields(predictor.table)
-    tensors = save({f.name: getattr(predictor.table, f.name).detach().contiguous() for f in fields})
+    family, settings, tensors = _taken_apart(predictor.table)
+    data = save({name: value.detach().contiguous() for name, value in tensors.items()})
     record = {
         "format_version": FORMAT_VERSION,
-        "family": "epd",
+        "family": family,
         "num_steps": predictor.table.num_steps,
         "num_points": predictor.table.num_points,
+        "settings": settings,
         "afs": predictor.afs,
         "sigmas": predictor.sigmas.tolist(),
         "backbone": predictor.backbone,
         "guidance_scale": predictor.guidance_scale,
         "provenance": predictor.provenance,
-        "sha256": hashlib.sha256(tensors).hexdigest(),
+        "sha256": hashlib.sha256(data).hexdigest(),
     }
-    (folder / TENSORS).write_bytes(tensors)
+    (folder / TENSORS).write_bytes(data)
     (folder / RECORD).write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
 
 
@@ -83,30 +89,17 @@ def load_predictor(folder: Path | str) -> Predictor:
         tensors = load(data)
     except SafetensorError as error:
         raise ValueError(f"{folder / TENSORS}: {error}; valid: a safetensors file") from error
-    names = [f.name for f in dataclasses.fields(EPDTable)]
-    _require(sorted(tensors) == sorted(names), folder / TENSORS, f"tensors {sorted(tensors)}", f"{sorted(names)}")
-    shape = (record["num_steps"] - 1, record["num_points"])
-    for name, value in tensors.items():
-        place = folder / TENSORS / name
-        _require(tuple(value.shape) == shape, place, f"shape {tuple(value.shape)}", f"{shape}, as its record says")
-        _require(value.dtype == torch.float64, place, f"{value.dtype}", "torch.float64")
-        _require(bool(value.isfinite().all()), place, "a number that is not finite", "finite numbers")
-    table = EPDTable(**tensors)
-    inside = bool(((table.position > 0) & (table.position < 1)).all())
-    _require(inside, folder / TENSORS / "position", f"{table.position.tolist()}", "numbers between 0 and 1")
-    for name in ("direction_scale", "time_scale"):
-        value = tensors[name]
-        _require(bool((value > 0).all()), folder / TENSORS / name, f"{value.tolist()}", "positive numbers")
-    total = table.weight.sum(-1)
-    sums_to_one = torch.allclose(total, torch.ones_like(total), rtol=0, atol=1e-6)
-    _require(sums_to_one, folder / TENSORS / "weight", f"sums {total.tolist()}", "1 for each interval")
     numbers = all(type(sigma) is float for sigma in record["sigmas"])
     _require(numbers, folder / RECORD, f"sigmas: {record['sigmas']}", "a list of floating-point numbers")
     sigmas = torch.tensor(record["sigmas"], dtype=torch.float64)
     check_grid(sigmas)
     _require(len(sigmas) == record["num_steps"], folder / RECORD, f"{len(sigmas)} sigmas", f"{record['num_steps']}")
+    for name, value in tensors.items():
+        place = folder / TENSORS / name
+        _require(value.dtype == torch.float64, place, f"{value.dtype}", "torch.float64")
+        _require(bool(value.isfinite().all()), place, "a number that is not finite", "finite numbers")
     return Predictor(
-        table=table,
+        table=_put_together(record, tensors, sigmas, folder),
         sigmas=sigmas,
         afs=record["afs"],
         backbone=record["backbone"],
@@ -115,11 +108,103 @@ def load_predictor(folder: Path | str) -> Predictor:
     )
 
 
+def _taken_apart(table: Table) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
+    """Family, settings and tensors."""
+    match table:
+        case EPDTable():
+            names = EPD_TENSORS
+            return "epd", {"max_order": table.max_order}, {name: getattr(table, name) for name in names}
+        case MultistepTable():
+            return "multistep", {"form": table.form}, {name: getattr(table, name) for name in MULTISTEP_TENSORS}
+        case AMED():
+            names = ("features", "scale_dir", "scale_time")
+            return "amed", {name: getattr(table, name) for name in names}, dict(table.state_dict())
+
+
+def _put_together(record: dict[str, Any], tensors: dict[str, Tensor], sigmas: Tensor, folder: Path) -> Table:
+    """The table of a record and its tensors, checked."""
+    match record["family"]:
+        case "epd":
+            return _epd(record, tensors, folder)
+        case "multistep":
+            return _multistep(record, tensors, sigmas, folder)
+        case _:
+            return _amed(record, tensors, folder)
+
+
+EPD_TENSORS = ("position", "weight", "direction_scale", "time_scale")
+MULTISTEP_TENSORS = ("nodes", "stage", "update", "time_scale")
+
+
+def _epd(record: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> EPDTable:
+    shape = (record["num_steps"] - 1, record["num_points"])
+    _require_shapes(tensors, dict.fromkeys(EPD_TENSORS, shape), folder)
+    order = record["settings"]["max_order"]
+    _require(order in (1, 2, 3, 4), folder / RECORD, f"settings.max_order: {order}", "1 to 4")
+    table = EPDTable(**tensors, max_order=order)
+    inside = bool(((table.position > 0) & (table.position < 1)).all())
+    _require(inside, folder / TENSORS / "position", f"{table.position.tolist()}", "numbers between 0 and 1")
+    _require_positive(tensors, ("direction_scale", "time_scale"), folder)
+    total = table.weight.sum(-1)
+    sums_to_one = torch.allclose(total, torch.ones_like(total), rtol=0, atol=1e-6)
+    _require(sums_to_one, folder / TENSORS / "weight", f"sums {total.tolist()}", "1 for each interval")
+    return table
+
+
+def _multistep(record: dict[str, Any], tensors: dict[str, Tensor], sigmas: Tensor, folder: Path) -> MultistepTable:
+    steps, points, form = record["num_steps"] - 1, record["num_points"], record["settings"]["form"]
+    width = tensors["update"].shape[-1] if tensors.get("update", torch.empty(0)).ndim == 2 else 0
+    width -= width % points
+    shapes = {
+        "nodes": (steps, points),
+        "stage": (steps, points, max(width, points)),
+        "update": (steps, max(width, points)),
+        "time_scale": (steps, points),
+    }
+    _require_shapes(tensors, shapes, folder)
+    _require(form in get_args(Form), folder / RECORD, f"settings.form: {form!r}", " or ".join(get_args(Form)))
+    _require_positive(tensors, ("nodes", "time_scale"), folder)
+    table = MultistepTable(form, **tensors)
+    main = torch.allclose(table.nodes[:, 0], sigmas[:-1], rtol=1e-12)
+    _require(main, folder / TENSORS / "nodes", f"first points {table.nodes[:, 0].tolist()}", "the record's sigmas but the last")
+    explicit = not bool(table.stage[:, 0].any()) and not bool(table.stage[..., -points:].any())
+    _require(explicit, folder / TENSORS / "stage", "coefficients of the main point or of the step's own outputs", "0 there")
+    return table
+
+
+def _amed(record: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> AMED:
+    table = AMED(record["num_steps"], **record["settings"])
+    _require(record["num_points"] == 1, folder / RECORD, f"num_points: {record['num_points']}", "1 for amed")
+    _require_shapes(tensors, {name: tuple(value.shape) for name, value in table.state_dict().items()}, folder)
+    table.load_state_dict(tensors)
+    return table.requires_grad_(False)
+
+
+def _require_shapes(tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], folder: Path) -> None:
+    _require(sorted(tensors) == sorted(shapes), folder / TENSORS, f"tensors {sorted(tensors)}", f"{sorted(shapes)}")
+    for name, shape in shapes.items():
+        found = tuple(tensors[name].shape)
+        _require(found == shape, folder / TENSORS / name, f"shape {found}", f"{shape}, as its record says")
+
+
+def _require_positive(tensors: dict[str, Tensor], names: tuple[str, ...], folder: Path) -> None:
+    for name in names:
+        _require(bool((tensors[name] > 0).all()), folder / TENSORS / name, f"{tensors[name].tolist()}", "positive numbers")
+
+
+SETTINGS: dict[str, dict[str, type]] = {
+    "epd": {"max_order": int},
+    "multistep": {"form": str},
+    "amed": {"features": int, "scale_dir": float, "scale_time": float},
+}
+"""What the record of each family says besides."""
+
 RECORD_TYPES: dict[str, type] = {
     "format_version": int,
     "family": str,
     "num_steps": int,
     "num_points": int,
+    "settings": dict,
     "afs": bool,
     "sigmas": list,
     "backbone": dict,
@@ -135,13 +220,18 @@ def _read_record(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error}); valid: a predictor's record") from error
     _require(isinstance(record, dict), path, type(record).__name__, "an object")
-    _require(set(record) == set(RECORD_TYPES), path, f"keys {sorted(record)}", f"{sorted(RECORD_TYPES)}")
-    for key, kind in RECORD_TYPES.items():
-        _require(type(record[key]) is kind, path, f"{key}: {record[key]!r}", f"{key} of type {kind.__name__}")
+    _require_types(record, RECORD_TYPES, path)
     version, family = record["format_version"], record["family"]
     _require(version == FORMAT_VERSION, path, f"format_version {version}", f"{FORMAT_VERSION}")
-    _require(family == "epd", path, f"family {family!r}", "'epd'")
+    _require(family in SETTINGS, path, f"family {family!r}", ", ".join(SETTINGS))
+    _require_types(record["settings"], SETTINGS[family], path / "settings")
     return record
+
+
+def _require_types(values: dict[str, Any], types: dict[str, type], path: Path) -> None:
+    _require(set(values) == set(types), path, f"keys {sorted(values)}", f"{sorted(types)}")
+    for key, kind in types.items():
+        _require(type(values[key]) is kind, path, f"{key}: {values[key]!r}", f"{key} of type {kind.__name__}")
 
 
 def _require(holds: bool, place: Path, found: str, valid: str) -> None:

@@ -1,73 +1,268 @@
-"""Stage distill: EPD-Solver's table, learned from the teacher's trajectories."""
+"""Stage distill: a few-step solver of any learned family, from the teacher's trajectories."""
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from backends import Backend, Digits, counted_denoiser
-from solvers import AFS, EPD, Predictor, Solver, save_predictor, trajectory
+from metrics.classifier import Classifier
+from solvers import AFS, AMED, EPD, SOLVERS, Checkpointed, Multistep, Predictor, Solver, fit_d_ode, save_predictor, trajectory
+from solvers.predictor import Table
+from stages import params
 from stages.command import command, progress
 from stages.files import BACKBONE, DISTILLED, RESULTS, TEACHER, atomic, read_tensors, reading, require, sha256, write_csv
 from stages.noise import prompts
-from stages.params import Distill
+from stages.params import Distill, Learning
 from stages.training import cosine, descend, rng
 
 SEEN = 128
 """Training samples by which the curve follows the training error."""
+WARMUP = 20
+"""Iterations over which the learning rate rises."""
+
+Student = EPD | AMED | Multistep
+Error = Callable[[Tensor, Tensor], Tensor]
+"""Student's and teacher's states (B, num_steps, ...), a student with a grid of its own gives the last alone -> error (B,)."""
 
 
 def distill(*, seed: int, num_steps: int, afs: bool, guidance_scale: float, distill: Distill) -> None:
-    """Minimise the squared distance to the teacher's states through the whole sampler; keep the best on validation noise."""
+    """Bring the student's end points, or all its nodes, close to the teacher's; keep the best on validation noise."""
     with reading(BACKBONE):
         backend = Digits.load(BACKBONE / "unet.safetensors")
+        # not the judge's: that one is never learned from
+        extractor = Classifier.load(BACKBONE / "reward.safetensors").features
     with reading(TEACHER):
         stored, description = read_tensors(TEACHER)
         sigmas, train, validation = stored["sigmas"], stored["train"], stored["validation"]
         require(TEACHER, "num_steps", len(sigmas), num_steps)
         require(TEACHER, "guidance_scale", description["guidance_scale"], guidance_scale)
-    epd = EPD(num_steps, distill.points, distill.scale_dir, distill.scale_time)
-    solver: Solver = AFS(epd) if afs else epd
-    nodes = slice(1, None) if distill.loss == "nodes" else slice(-1, None)
-    optimizer = torch.optim.Adam(epd.parameters())
-    best, lowest, curve, chosen = epd.table(), float("inf"), [], {}
-    bar = progress(range(distill.iterations + 1), "distill", "iteration")
-    for iteration in bar:
-        if iteration > 0:
-            rows = rng(seed, "distill", iteration).permutation(len(train))[: distill.batch_size].tolist()
-            loss = squared_errors(backend, guidance_scale, solver, sigmas, train[rows], rows)[nodes].mean()
-            descend(optimizer, loss, distill.learning_rate * cosine(iteration - 1, distill.iterations))
-        if iteration % distill.validate_every == 0 or iteration == distill.iterations:
-            with torch.no_grad():
-                seen = squared_errors(backend, guidance_scale, solver, sigmas, train[:SEEN], range(len(train[:SEEN])))
-                errors = squared_errors(backend, guidance_scale, solver, sigmas, validation, range(len(validation)))
-            curve.append(
-                {"iteration": iteration, "train_rmse": seen[-1].sqrt().item(), "validation_rmse": errors[-1].sqrt().item()}
-            )
-            bar.set_postfix(validation_rmse=f"{curve[-1]['validation_rmse']:.4f}")
-            if errors[nodes].mean().item() < lowest:
-                best, lowest, chosen = epd.table(), errors[nodes].mean().item(), curve[-1]
+    sampling = Sampling(backend, guidance_scale, afs, sigmas)
+    if isinstance(distill, params.DODE):
+        learned = closed_form(sampling, train, validation)
+    else:
+        sampling.checkpoint_calls = distill.checkpoint_calls
+        student = new_student(distill, sigmas, backend.spec.features)
+        learned = learn(student, sampling, train, validation, distill, error_of(distill.loss, backend, extractor), seed)
     provenance = {
         "stage": "distill",
         "parameters": distill.model_dump(),
         "seed": seed,
         "teacher": description,
-        "metrics": {**chosen, "n": len(validation)},
+        "metrics": {**learned.chosen, "n": len(validation)},
     }
-    write_csv(RESULTS / "distill.csv", curve)
+    write_csv(RESULTS / "distill.csv", learned.curve)
     backbone = {"name": "digits", "sha256": sha256(BACKBONE / "unet.safetensors")}
     with atomic(DISTILLED) as folder:
         folder.mkdir()
-        save_predictor(Predictor(best, sigmas, afs, backbone, guidance_scale, provenance), folder)
+        save_predictor(Predictor(learned.table, learned.sigmas, afs, backbone, guidance_scale, provenance), folder)
 
 
-def squared_errors(
-    backend: Backend, guidance_scale: float, solver: Solver, sigmas: Tensor, targets: Tensor, samples: Sequence[int]
-) -> Tensor:
-    """Mean squared distance to the targets (B, num_steps, C, H, W) of given samples at each node, (num_steps,)."""
-    denoise, _ = counted_denoiser(backend, prompts(samples), guidance_scale)
-    states = torch.stack(list(trajectory(denoise, solver, targets[:, 0], sigmas)), 1)
-    return (states - targets).square().flatten(2).mean((0, 2))
+@dataclass
+class Sampling:
+    """How a student is run: the frozen model, its guidance, whether the first step is analytic, and the teacher's nodes.
+
+    With `checkpoint_calls` the gradient takes the memory of one network call, and the time of one forward pass more.
+    """
+
+    backend: Backend
+    guidance_scale: float
+    afs: bool
+    sigmas: Tensor
+    checkpoint_calls: bool = False
+
+    def states(self, table: Solver, sigmas: Tensor, start: Tensor, samples: Sequence[int]) -> Tensor:
+        """States (B, num_steps, ...) at each node of the given samples, from those at sigmas[0], (B, ...)."""
+        denoise, _ = counted_denoiser(self.backend, prompts(samples), self.guidance_scale)
+        if self.checkpoint_calls:
+            denoise = Checkpointed(denoise)
+        return torch.stack(list(trajectory(denoise, AFS(table) if self.afs else table, start, sigmas)), 1)
+
+
+@dataclass
+class Learned:
+    """What a family's training ends with: the table and grid of the lowest validation error, and how it came there."""
+
+    table: Table
+    sigmas: Tensor
+    chosen: dict[str, float] = field(default_factory=dict)
+    curve: list[dict[str, float]] = field(default_factory=list)
+
+
+def new_student(distill: Learning, sigmas: Tensor, features: int) -> Student:
+    """A family's parameters, at their start; `features` is the size of the backbone's feature."""
+    match distill:
+        case params.EPD():
+            return EPD(len(sigmas), distill.points, distill.scale_dir, distill.scale_time)
+        case params.EPDPlugin():
+            return EPD(len(sigmas), distill.points, distill.scale_dir, distill.scale_time, distill.max_order)
+        case params.AMED():
+            return AMED(len(sigmas), features, distill.scale_dir, distill.scale_time)
+        case params.S4S() | params.S4SAlt():
+            return Multistep(SOLVERS[distill.start], sigmas, 1, distill.history, distill.scale_time)
+        case params.ParallelMultistep():
+            return Multistep(SOLVERS[distill.start], sigmas, distill.points, distill.history, distill.scale_time)
+        case _:
+            raise TypeError(f"distill: {distill!r}; valid: a family that learns by gradient descent")
+
+
+def learn(
+    student: Student, sampling: Sampling, train: Tensor, validation: Tensor, settings: Learning, error: Error, seed: int
+) -> Learned:
+    """Gradient descent through the whole sampler, on the student's moving average (EMA) by what is best on validation noise.
+
+    Args:
+        student: its parameters are changed.
+        sampling: how it is run.
+        train, validation: the teacher's states at its nodes, (n, num_steps, ...), from the split's first noise on.
+        settings: of the family.
+        error: what is minimised; any differentiable distance of states, LPIPS for one.
+        seed: of the batches.
+
+    Raises:
+        FloatingPointError: the network, the loss or its gradient is not finite, with the iteration and the step.
+    """
+    optimizer = torch.optim.Adam(parameter_groups(student, settings))
+    schedule = LambdaLR(optimizer, lambda i: cosine(i, settings.iterations) * min(1.0, (i + 1) / WARMUP))
+    relaxed = Relaxed(train[:, 0], settings.radius if isinstance(settings, params.S4S | params.S4SAlt) else 0.0)
+    average, learned, lowest, current = copy.deepcopy(student), None, float("inf"), float("nan")
+    curve: list[dict[str, float]] = []
+    bar = progress(range(settings.iterations + 1), "distill", "iteration")
+    for iteration in bar:
+        if iteration > 0:
+            rows = rng(seed, "distill", iteration).permutation(len(train))[: settings.batch_size].tolist()
+
+            def errors(start: Tensor, rows: list[int] = rows) -> Tensor:
+                return error(sampling.states(student.table(), grid_of(student, sampling), start, rows), train[rows])
+
+            start = relaxed.start(rows)
+            try:
+                before = errors(start)
+                # of the logarithm: steps do not depend on the error's unit, and do not fade as it falls
+                descend(optimizer, before.mean().log(), frozen=frozen(student, settings, iteration - 1))
+                relaxed.move(rows, start, before.detach(), errors)
+            except FloatingPointError as failure:
+                raise FloatingPointError(f"iteration {iteration}: {failure}") from failure
+            schedule.step()
+            decay = min(settings.ema_decay, iteration / (iteration + 9))  # short at first: the start is soon forgotten
+            with torch.no_grad():
+                for a, p in zip(average.parameters(), student.parameters(), strict=True):
+                    a.lerp_(p, 1 - decay)
+        if iteration % settings.validate_every == 0 or iteration == settings.iterations:
+            with torch.no_grad():
+                table, sigmas = average.table(), grid_of(average, sampling).clone()
+                seen, found = (
+                    sampling.states(table, sigmas, data[:, 0], range(len(data))) for data in (train[:SEEN], validation)
+                )
+                current = error(found, validation).mean().item()
+            curve.append(
+                {"iteration": iteration, "train_rmse": rmse(seen, train[:SEEN]), "validation_rmse": rmse(found, validation)}
+            )
+            bar.set_postfix(validation_rmse=f"{curve[-1]['validation_rmse']:.4f}")
+            if current < lowest:
+                lowest, learned = current, Learned(copy.deepcopy(average).table(), sigmas, curve[-1])
+    if learned is None:
+        raise FloatingPointError(f"validation error: {current}; valid: a finite number")
+    return replace(learned, curve=curve)
+
+
+def closed_form(sampling: Sampling, train: Tensor, validation: Tensor) -> Learned:
+    """D-ODE's numbers, by least squares over the training trajectories."""
+    denoise, _ = counted_denoiser(sampling.backend, prompts(range(len(train))), sampling.guidance_scale)
+    table = fit_d_ode(denoise, train, sampling.sigmas, sampling.afs)
+    with torch.no_grad():
+        seen, found = (
+            sampling.states(table, sampling.sigmas, data[:, 0], range(len(data))) for data in (train[:SEEN], validation)
+        )
+    point = {"iteration": 0, "train_rmse": rmse(seen, train[:SEEN]), "validation_rmse": rmse(found, validation)}
+    return Learned(table, sampling.sigmas, point, [point])
+
+
+class Relaxed:
+    """Starts x' in a ball around the teacher's x: the student must come to the end point from one of them (S4S' objective).
+
+    A start moves against its gradient by a quarter of the radius, back onto the ball where it has left it, if that brings its
+    end nearer (Frankel et al. 2025; the rule for each sample is LD3's). What is chosen and reported starts from x itself.
+
+    Args:
+        noise: x at sigmas[0], (n, ...).
+        radius: of the ball, as a share of the norm of x; 0: x' = x.
+    """
+
+    def __init__(self, noise: Tensor, radius: float) -> None:
+        self.noise = noise
+        self.moved = noise.clone()
+        self.radius = radius
+
+    def start(self, rows: list[int]) -> Tensor:
+        """The starts of given rows, (B, ...), with gradient where they may move."""
+        return self.moved[rows].requires_grad_(self.radius > 0)
+
+    @torch.no_grad()
+    def move(self, rows: list[int], start: Tensor, before: Tensor, errors: Callable[[Tensor], Tensor]) -> None:
+        """Move those starts whose error (B,) falls by it."""
+        if start.grad is None:
+            return
+        noise = self.noise[rows]
+        radius = self.radius * norm(noise)
+        there = start - radius / 4 * start.grad / norm(start.grad).clamp_min(1e-30)
+        offset = there - noise
+        there = noise + offset * (radius / norm(offset).clamp_min(1e-30)).clamp_max(1)
+        better = errors(there) < before
+        self.moved[rows] = torch.where(better.view(-1, *[1] * (noise.ndim - 1)), there, start.detach())
+
+
+def parameter_groups(student: Student, settings: Learning) -> list[dict[str, Any]]:
+    """What is learned, each at its rate: the grid, where the family has one of its own, and all else."""
+    named = dict(student.named_parameters())
+    grid = [named.pop("grid")] if "grid" in named else []
+    groups = [{"params": list(named.values()), "lr": settings.learning_rate}]
+    if isinstance(settings, params.S4SAlt | params.ParallelMultistep):
+        groups.append({"params": grid, "lr": settings.grid_learning_rate})
+    return groups
+
+
+def frozen(student: Student, settings: Learning, iteration: int) -> list[nn.Parameter]:
+    """What S4S-Alt leaves alone in an iteration: in turn the coefficients, and the grid with the network's times."""
+    if not (isinstance(settings, params.S4SAlt) and isinstance(student, Multistep)):
+        return []
+    grid_turn = iteration * 2 * settings.rounds // settings.iterations % 2 == 0
+    return [student.update] if grid_turn else [student.grid, student.time_scale]
+
+
+def grid_of(student: Student, sampling: Sampling) -> Tensor:
+    """The student's own grid, or the teacher's nodes."""
+    return student.sigmas() if isinstance(student, Multistep) else sampling.sigmas
+
+
+def error_of(loss: str, backend: Backend, extractor: Callable[[Tensor], Tensor]) -> Error:
+    """The loss of that name: squared differences of states at the end or at all nodes, or of the end's features."""
+
+    def end(states: Tensor, targets: Tensor) -> Tensor:
+        return (states[:, -1] - targets[:, -1]).square().flatten(1).mean(1)
+
+    def nodes(states: Tensor, targets: Tensor) -> Tensor:
+        return (states - targets)[:, 1:].square().flatten(1).mean(1)
+
+    def features(states: Tensor, targets: Tensor) -> Tensor:
+        found, wanted = (extractor(backend.decode(x[:, -1]).float()) for x in (states, targets))
+        return (found - wanted).square().mean(1)
+
+    return {"end": end, "nodes": nodes, "features": features}[loss]
+
+
+def rmse(states: Tensor, targets: Tensor) -> float:
+    """Root mean squared difference at the end."""
+    return (states[:, -1] - targets[:, -1]).square().mean().sqrt().item()
+
+
+def norm(x: Tensor) -> Tensor:
+    """The norm of each image of (B, ...), to be multiplied with it."""
+    return x.flatten(1).norm(dim=1).view(-1, *[1] * (x.ndim - 1))
 
 
 if __name__ == "__main__":

@@ -65,23 +65,101 @@ class Backbone(Section):
     label_smoothing: Fraction
 
 
+MultistepName = Literal[
+    "ipndm_1", "ipndm_2", "ipndm_3", "ipndm_4",
+    "adams_bashforth_1", "adams_bashforth_2", "adams_bashforth_3", "adams_bashforth_4",
+    "deis_1", "deis_2", "deis_3", "deis_4", "deis_log_2", "deis_log_3",
+    "dpm_solver_pp_1m", "dpm_solver_pp_2m", "dpm_solver_pp_3m", "dpm_solver_pp_3m_corrected",
+    "dpm_solver_1m", "dpm_solver_2m", "dpm_solver_3m", "dpm_solver_3m_corrected",
+]  # fmt: skip
+DeterministicName = Literal[
+    "euler", "heun", "midpoint", "rk4", "dpm_solver_2", MultistepName,
+    "unipc_1", "unipc_2", "unipc_3", "unipc_bh1_1", "unipc_bh1_2", "unipc_bh1_3",
+    "unipc_noise_1", "unipc_noise_2", "unipc_noise_3",
+]  # fmt: skip
+SolverName = Literal[DeterministicName, "ddpm"]
+EVALUATIONS = {"heun": 2, "midpoint": 2, "dpm_solver_2": 2, "rk4": 4}
+"""Serial evaluations per step of the solvers that make more than one."""
+
+
 class Teacher(Section):
-    solver: Literal["euler", "heun", "dpm_solver_2", "dpm_solver_pp_2m", "ipndm_2", "ipndm_3", "ipndm_4"]
+    solver: DeterministicName
     extra_nodes: Annotated[int, Field(ge=0)]
     train: Count
     validation: Count
     batch_size: Count
 
 
-class Distill(Section):
-    points: Count
-    scale_dir: Fraction
-    scale_time: Fraction
-    loss: Literal["end", "nodes"]
+class Learning(Section):
+    """What all families that learn by gradient descent have."""
+
     learning_rate: Positive
     iterations: Count
     batch_size: Count
     validate_every: Count
+    ema_decay: Fraction
+    checkpoint_calls: bool
+
+
+class EPD(Learning):
+    family: Literal["epd"]
+    points: Count
+    scale_dir: Fraction
+    scale_time: Fraction
+    loss: Literal["end", "nodes", "features"]
+
+
+class EPDPlugin(Learning):
+    family: Literal["epd_plugin"]
+    max_order: Annotated[int, Field(ge=2, le=4)]
+    points: Count
+    scale_dir: Fraction
+    scale_time: Fraction
+    loss: Literal["end", "nodes", "features"]
+
+
+class AMED(Learning):
+    family: Literal["amed"]
+    scale_dir: Fraction
+    scale_time: Fraction
+    loss: Literal["end", "nodes", "features"]
+
+
+class S4S(Learning):
+    family: Literal["s4s"]
+    start: MultistepName
+    history: Count
+    scale_time: Fraction
+    radius: NotNegative
+    loss: Literal["end", "nodes", "features"]
+
+
+class S4SAlt(Learning):
+    family: Literal["s4s_alt"]
+    start: MultistepName
+    history: Count
+    scale_time: Fraction
+    radius: NotNegative
+    rounds: Count
+    grid_learning_rate: Positive
+    loss: Literal["end", "features"]
+
+
+class ParallelMultistep(Learning):
+    family: Literal["parallel_multistep"]
+    start: MultistepName
+    points: Count
+    history: Count
+    scale_time: Fraction
+    grid_learning_rate: Positive
+    loss: Literal["end", "features"]
+
+
+class DODE(Section):
+    family: Literal["d_ode"]
+
+
+Distill = Annotated[EPD | EPDPlugin | AMED | S4S | S4SAlt | ParallelMultistep | DODE, Field(discriminator="family")]
 
 
 class RDPO(Section):
@@ -103,7 +181,7 @@ class RDPO(Section):
 
 
 class Classical(Section):
-    solver: Literal["euler", "heun", "dpm_solver_2", "dpm_solver_pp_2m", "ipndm_2", "ipndm_3", "ipndm_4"]
+    solver: SolverName
     model: Literal["models/backbone"]
     schedule: Schedule
     afs: bool
@@ -150,13 +228,16 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _samplers_can_match_the_serial_evaluations(self) -> "Params":
+        budget = serial_evaluations(self.num_steps, self.afs, self.distill)
         for name, sampler in self.samplers.items():
-            if not isinstance(sampler, Classical) or sampler.solver not in ("heun", "dpm_solver_2"):
-                continue  # one evaluation per step makes any number of them
-            if sampler.num_steps is None and sampler.afs != self.afs:
+            if not isinstance(sampler, Classical) or sampler.num_steps is not None:
+                continue
+            per_step = EVALUATIONS.get(sampler.solver, 1)
+            if (budget + sampler.afs) % per_step or budget + sampler.afs < per_step:
                 raise ValueError(
-                    f"samplers.{name}.afs: found {sampler.afs}; valid: {self.afs} like afs, or its serial evaluations are odd "
-                    "where the learned table's are even; or a num_steps of its own"
+                    f"samplers.{name}: {sampler.solver} with afs {sampler.afs} makes a multiple of {per_step} evaluations less "
+                    f"{int(sampler.afs)}, never the learned table's {budget}; valid: afs {not sampler.afs}, another solver, or "
+                    "a num_steps of its own"
                 )
         return self
 
@@ -170,6 +251,12 @@ class Params(Section):
             if not isinstance(sampler, Learned) or sampler.model != f"models/{name}":
                 raise ValueError(f"samplers.{name}: {sampler!r}; valid: solver: predictor, model: models/{name}")
         return self
+
+
+def serial_evaluations(num_steps: int, afs: bool, distill: Distill) -> int:
+    """Of the learned table: two per interval where it goes from the node to points inside, else one; less the analytic one."""
+    per_step = 2 if isinstance(distill, EPD | EPDPlugin | AMED) else 1
+    return per_step * (num_steps - 1) - afs
 
 
 class ParamsError(Exception):

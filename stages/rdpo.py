@@ -1,6 +1,6 @@
 """Stage rdpo: the distilled table fine-tuned by reinforcement learning for the reward (RDPO)."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -9,10 +9,11 @@ from backends import Digits, counted_denoiser
 from metrics import Scorer
 from metrics.frechet import JUDGE, Frechet, Statistics, distance, load_statistics, statistics
 from metrics.log_probability import LogProbability
-from solvers import EPDTable, Policy, Predictor, integrate, load_predictor, save_predictor
+from solvers import AMED, Policy, Predictor, integrate, load_predictor, save_predictor
+from solvers.predictor import Table
 from stages.checkpoint import Checkpoint, adam_state, load_adam_state, under
 from stages.command import command, progress
-from stages.files import BACKBONE, DISTILLED, RDPO, REFS, RESULTS, atomic, reading, sha256, write_csv
+from stages.files import BACKBONE, DISTILLED, RDPO, REFS, RESULTS, InputError, atomic, reading, sha256, write_csv
 from stages.noise import batches, noise, prompts
 from stages.params import RDPO as RDPOParams  # noqa: N811
 from stages.training import descend, rng, seeded
@@ -31,13 +32,13 @@ class Rollouts:
         self.distilled = distilled
 
     @torch.no_grad()
-    def images(self, table: EPDTable, start: Tensor, wanted: list[str]) -> Tensor:
+    def images(self, table: Table, start: Tensor, wanted: list[str]) -> Tensor:
         """Unit noise (B, C, H, W) and B prompts -> images, by one table or by a batch of B tables."""
         predictor = replace(self.distilled, table=table)
         denoise, _ = counted_denoiser(self.backend, wanted, predictor.guidance_scale)
         return self.backend.decode(integrate(denoise, predictor, predictor.sigmas[0] * start, predictor.sigmas))
 
-    def validate(self, table: EPDTable, seed: int, samples: int) -> tuple[Tensor, float]:
+    def validate(self, table: Table, seed: int, samples: int) -> tuple[Tensor, float]:
         """Rewards on the validation noise, (samples,), and the Frechet distance."""
         wanted = prompts(range(samples))
         start = noise(seed, "validation", range(samples), self.backend.spec.shape)
@@ -56,9 +57,12 @@ def rdpo(*, seed: int, rdpo: RDPOParams) -> None:
         refs = load_statistics(REFS)
     with reading(DISTILLED):
         distilled = load_predictor(DISTILLED)
+        table = distilled.table
+        if isinstance(table, AMED):
+            raise InputError(f"{DISTILLED}: family amed; valid: epd or multistep, which have a table to draw around")
     rollouts = Rollouts(backend, reward, frechet, refs, distilled)
     scale_std = {"direction_scale": rdpo.direction_std, "time_scale": rdpo.time_std}
-    policy = seeded(seed, "policy", lambda: Policy(distilled.table, rdpo.concentration, scale_std, rdpo.hidden, rdpo.blocks))
+    policy = seeded(seed, "policy", lambda: Policy(table, rdpo.concentration, scale_std, rdpo.hidden, rdpo.blocks))
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0)  # the KL term is what holds the policy back
     base_rewards, base_distance = rollouts.validate(policy.mean(), seed, rdpo.validation)
     curve: Curve = [point(0, base_rewards, base_rewards, base_distance, policy)]
@@ -69,7 +73,7 @@ def rdpo(*, seed: int, rdpo: RDPOParams) -> None:
         tensors, values = saved
         policy.load_state_dict(under("policy", tensors))
         load_adam_state(optimizer, under("adam", tensors))
-        best, curve, chosen = EPDTable(**under("best", tensors)), values["curve"], values["chosen"]
+        best, curve, chosen = replace(policy.mean(), **under("best", tensors)), values["curve"], values["chosen"]
     done = int(curve[-1]["iteration"])
     bar = progress(range(done + 1, rdpo.iterations + 1), "rdpo", "iteration", done)
     for iteration in bar:
@@ -80,7 +84,11 @@ def rdpo(*, seed: int, rdpo: RDPOParams) -> None:
             if found <= base_distance and curve[-1]["reward"] > chosen["reward"]:
                 best, chosen = policy.mean(), curve[-1]
             bar.set_postfix(reward=f"{curve[-1]['reward']:.4f}", frechet=f"{found:.3f}", rollout=f"{mean:.3f}")
-            parts = {"policy": policy.state_dict(), "adam": adam_state(optimizer), "best": asdict(best)}
+            parts = {
+                "policy": policy.state_dict(),
+                "adam": adam_state(optimizer),
+                "best": {k: v for k, v in vars(best).items() if isinstance(v, Tensor)},
+            }
             checkpoint.save(parts, {"curve": curve, "chosen": chosen})
     provenance = {
         "stage": "rdpo",

@@ -2,7 +2,7 @@
 
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -34,17 +34,30 @@ def cosine(iteration: int, iterations: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * iteration / iterations))
 
 
-def descend(optimizer: torch.optim.Optimizer, loss: Tensor, learning_rate: float) -> None:
+def descend(
+    optimizer: torch.optim.Optimizer, loss: Tensor, learning_rate: float | None = None, frozen: Sequence[nn.Parameter] = ()
+) -> None:
     """One step down the gradient of a loss, clipped to norm 1.
 
+    Args:
+        optimizer: of all parameters.
+        loss: a number, ().
+        learning_rate: of this step; None: what the optimizer has.
+        frozen: parameters to leave alone in it.
+
     Raises:
-        FloatingPointError: the loss is not finite.
+        FloatingPointError: the loss or its gradient is not finite.
     """
     if not bool(loss.isfinite()):
         raise FloatingPointError(f"loss: {loss.item()}; valid: a finite number")
-    group = optimizer.param_groups[0]
-    group["lr"] = learning_rate
     optimizer.zero_grad()
     loss.backward()
-    nn.utils.clip_grad_norm_(group["params"], 1.0)
+    for parameter in frozen:
+        parameter.grad = None
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    length = nn.utils.clip_grad_norm_(parameters, 1.0)
+    if not bool(length.isfinite()):
+        raise FloatingPointError(f"norm of the loss's gradient: {length.item()}; valid: a finite number")
+    for group in optimizer.param_groups if learning_rate is not None else ():
+        group["lr"] = learning_rate
     optimizer.step()

@@ -24,7 +24,8 @@ def composed() -> dict[str, Any]:
 def concatenated(read: Callable[[str], str]) -> str:
     """What `make params` writes."""
     common = re.sub(r"(?ms)^defaults:.*?^\n", "", read("conf/config.yaml"))
-    return common + "\n" + re.sub(r"(?ms)^# @package.*?^\n", "", read("conf/backbone/digits.yaml"))
+    groups = [re.sub(r"(?ms)^# @package.*?^\n", "", read(f"conf/{group}.yaml")) for group in ("family/epd", "backbone/digits")]
+    return "\n".join([common, *groups])
 
 
 def committed(path: str) -> str:

@@ -17,12 +17,11 @@ import torch
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
-from backends import Digits, Gaussian
+from backends import Gaussian
 from solvers import EPD, EPDTable, Policy, Predictor, load_predictor, polynomial
 from stages.noise import SPLITS, noise
 from stages.params import RDPO
 from stages.rdpo import Rollouts, improve, leave_one_out
-from stages.sample import classical_solver
 
 from .conftest import Workspace, run, small
 
@@ -314,15 +313,6 @@ def test_what_other_parameters_made_is_not_used(upstream: Path, workspace: Works
     workspace(small() | {"guidance_scale": 2.0})
     with pytest.raises(InputError, match=r"guidance_scale 1.0; valid: 2.0\); make it again: dvc repro .* distill"):
         run("sample", ["distilled"])
-
-
-def test_a_sampler_that_cannot_make_the_evaluations_is_told_what_would() -> None:
-    from stages.params import Classical, ParamsError, Polynomial
-
-    schedule = Polynomial(name="polynomial", rho=7.0)
-    heun = Classical(solver="heun", model="models/backbone", schedule=schedule, afs=False, num_steps=None)
-    with pytest.raises(ParamsError, match=r"samplers.heun: no num_steps gives heun .* 5 serial evaluations; valid: afs: True"):
-        classical_solver("heun", heun, num_steps=4, afs=True, spec=Digits.spec)
 
 
 def test_a_full_disk_is_told_and_leaves_nothing(upstream: Path, monkeypatch: pytest.MonkeyPatch) -> None:
