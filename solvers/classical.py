@@ -1,7 +1,7 @@
 """Classical solvers: constant tables."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import Literal, get_args
@@ -196,7 +196,7 @@ def unipc(
 
 
 def _multistep(
-    form: Form, max_order: int, coefficients: Callable[[Levels], Sequence[float]], lower_order_final: bool = False
+    form: Form, max_order: int, coefficients: Callable[[Levels], list[float]], lower_order_final: bool = False
 ) -> Solver:
     """One evaluation per step, at its first node; `coefficients` of the outputs there and before, oldest first."""
 

@@ -85,7 +85,7 @@ def evaluate(denoise: Denoiser, wanted: Sequence[tuple[StepTable, int, Tensor, O
     """Make several evaluations (table, i, x (B, ...), outputs) as one batch; put their outputs in place, return each's D."""
     states, shown = [], []
     for table, i, x, outputs in wanted:
-        node = table.node(i)
+        node = table.node_levels[i]
         states.append(_state(table, table.rows[i], node, x, outputs))
         shown.append(_level(table.shown[i], x))
     batch, sigma = (states[0], shown[0]) if len(wanted) == 1 else (torch.cat(states), torch.cat(shown))
@@ -179,7 +179,7 @@ def _output(table: StepTable, i: int, y: Tensor, denoised: Tensor) -> Tensor:
     """What evaluation i leaves for later rows: the direction, or the denoised state itself."""
     if table.form == "data":
         return denoised
-    return (y - denoised) / _per_image(table.node(i), y)
+    return (y - denoised) / _per_image(table.node_levels[i], y)
 
 
 def _state(table: StepTable, row: Numbers, sigma: float | Tensor, x: Tensor, outputs: Outputs) -> Tensor:

@@ -1,6 +1,6 @@
 """One step of any solver as a table of numbers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, Protocol
@@ -105,12 +105,9 @@ class StepTable:
         return numbers(self.nodes * self.time_scale)
 
     @cached_property
-    def _nodes(self) -> Numbers:
+    def node_levels(self) -> Numbers:
+        """`nodes`, as the loop uses them."""
         return numbers(self.nodes)
-
-    def node(self, i: int) -> float | Tensor:
-        """The noise level of evaluation i."""
-        return self._nodes[i]
 
     @property
     def consistent(self) -> bool:
@@ -134,9 +131,9 @@ def constant_table(
     sigma: float,
     sigma_next: float,
     form: Form,
-    nodes: Sequence[float],
-    stage: Sequence[Sequence[float]],
-    update: Sequence[float],
+    nodes: list[float],
+    stage: list[list[float]],
+    update: list[float],
     noise: float = 0.0,
 ) -> StepTable:
     """The table of a classical solver, from plain numbers; arguments as the attributes of `StepTable`.
@@ -153,7 +150,7 @@ def constant_table(
             raise ValueError(f"stage: {list(row)} {here}, sum {sum(row)}; valid: coefficients that sum to 1, or all 0")
     if not all(node > 0 for node in nodes):
         raise ValueError(f"sigmas: the network is evaluated at {min(nodes)} {here}; valid: positive noise levels")
-    return StepTable(
+    table = StepTable(
         sigma=torch.tensor(sigma, dtype=torch.float64),
         sigma_next=torch.tensor(sigma_next, dtype=torch.float64),
         form=form,
@@ -163,6 +160,9 @@ def constant_table(
         time_scale=torch.ones(len(nodes), dtype=torch.float64),
         noise=noise,
     )
+    # what the loop would read off the tensors
+    vars(table).update(rows=stage, update_row=update, ends=(sigma, sigma_next), node_levels=nodes, shown=nodes)
+    return table
 
 
 def numbers(coefficients: Tensor) -> Numbers:
