@@ -35,7 +35,7 @@ from metrics.accuracy import Accuracy
 from metrics.frechet import JUDGE, Frechet, bootstrap_distances, distance, load_statistics, resampled, statistics
 from solvers import AFS, SOLVERS, Predictor, Solver, load_predictor, save_predictor
 from stages import params
-from stages.distill import Sampling, closed_form, error_of, learn, new_student
+from stages.distill import Sampling, closed_form, end_error, learn, new_student
 from stages.files import BACKBONE, REFS, read_tensors, write_json, write_tensors
 from stages.grid import grid
 from stages.noise import batches, prompts
@@ -156,8 +156,7 @@ class Bench:
                 with torch.random.fork_rng(devices=[]), torch.enable_grad():
                     torch.manual_seed(SEED)
                     student = new_student(settings, sigmas, self.backend.spec.features)
-                    error = error_of(settings.loss, self.backend, lambda images: images)
-                    learned = learn(student, sampling, train, validation, settings, error, SEED)
+                    learned = learn(student, sampling, train, validation, settings, end_error, SEED)
             seconds = time.perf_counter() - started
             predictor = Predictor(learned.table, learned.sigmas, True, {"name": "digits"}, self.guidance_scale, {})
             rmse = self._rmse(predictor, predictor.sigmas, wanted)

@@ -1,7 +1,9 @@
 """Stage distill: a few-step solver of any learned family, from the teacher's trajectories."""
 
 import copy
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -113,7 +115,7 @@ def new_student(distill: Learning, sigmas: Tensor, features: int) -> Student:
 def learn(
     student: Student, sampling: Sampling, train: Tensor, validation: Tensor, settings: Learning, error: Error, seed: int
 ) -> Learned:
-    """Gradient descent through the whole sampler, on the student's moving average (EMA) by what is best on validation noise.
+    """Gradient descent through the whole sampler; what is kept is the moving average (EMA) that is best on validation noise.
 
     Args:
         student: its parameters are changed.
@@ -129,56 +131,69 @@ def learn(
     optimizer = torch.optim.Adam(parameter_groups(student, settings))
     schedule = LambdaLR(optimizer, lambda i: cosine(i, settings.iterations) * min(1.0, (i + 1) / WARMUP))
     relaxed = Relaxed(train[:, 0], settings.radius if isinstance(settings, params.S4S | params.S4SAlt) else 0.0)
-    average, learned, lowest, current = copy.deepcopy(student), None, float("inf"), float("nan")
-    curve: list[dict[str, float]] = []
+    average, lowest, curve = copy.deepcopy(student), float("inf"), list[dict[str, float]]()
+    learned = Learned(student.table(), sampling.sigmas)
     bar = progress(range(settings.iterations + 1), "distill", "iteration")
     for iteration in bar:
-        if iteration > 0:
-            rows = rng(seed, "distill", iteration).permutation(len(train))[: settings.batch_size].tolist()
+        with naming(iteration):
+            if iteration > 0:
+                rows = rng(seed, "distill", iteration).permutation(len(train))[: settings.batch_size].tolist()
 
-            def errors(start: Tensor, rows: list[int] = rows) -> Tensor:
-                return error(sampling.states(student.table(), grid_of(student, sampling), start, rows), train[rows])
+                def errors(start: Tensor, rows: list[int] = rows) -> Tensor:
+                    return error(sampling.states(student.table(), grid_of(student, sampling), start, rows), train[rows])
 
-            start = relaxed.start(rows)
-            try:
+                start = relaxed.start(rows)
                 before = errors(start)
                 # of the logarithm: steps do not depend on the error's unit, and do not fade as it falls
                 descend(optimizer, before.mean().log(), frozen=frozen(student, settings, iteration - 1))
                 relaxed.move(rows, start, before.detach(), errors)
-            except FloatingPointError as failure:
-                raise FloatingPointError(f"iteration {iteration}: {failure}") from failure
-            schedule.step()
-            decay = min(settings.ema_decay, iteration / (iteration + 9))  # short at first: the start is soon forgotten
-            with torch.no_grad():
-                for a, p in zip(average.parameters(), student.parameters(), strict=True):
-                    a.lerp_(p, 1 - decay)
-        if iteration % settings.validate_every == 0 or iteration == settings.iterations:
-            with torch.no_grad():
-                table, sigmas = average.table(), grid_of(average, sampling).clone()
-                seen, found = (
-                    sampling.states(table, sigmas, data[:, 0], range(len(data))) for data in (train[:SEEN], validation)
-                )
-                current = error(found, validation).mean().item()
-            curve.append(
-                {"iteration": iteration, "train_rmse": rmse(seen, train[:SEEN]), "validation_rmse": rmse(found, validation)}
-            )
-            bar.set_postfix(validation_rmse=f"{curve[-1]['validation_rmse']:.4f}")
-            if current < lowest:
-                lowest, learned = current, Learned(copy.deepcopy(average).table(), sigmas, curve[-1])
-    if learned is None:
-        raise FloatingPointError(f"validation error: {current}; valid: a finite number")
+                schedule.step()
+                follow(average, student, min(settings.ema_decay, iteration / (iteration + 9)))  # short memory at first
+            if iteration % settings.validate_every == 0 or iteration == settings.iterations:
+                table, sigmas = copy.deepcopy(average).requires_grad_(False).table(), grid_of(average, sampling).detach()
+                current, point = validated(table, sigmas, sampling, train, validation, error)
+                curve.append({"iteration": iteration, **point})
+                bar.set_postfix(validation_rmse=f"{point['validation_rmse']:.4f}")
+                if current < lowest:
+                    lowest, learned = current, Learned(table, sigmas, curve[-1])
     return replace(learned, curve=curve)
+
+
+@contextmanager
+def naming(iteration: int) -> Iterator[None]:
+    """Say in which iteration a number was not finite."""
+    try:
+        yield
+    except FloatingPointError as failure:
+        raise FloatingPointError(f"iteration {iteration}: {failure}") from failure
+
+
+@torch.no_grad()
+def follow(average: nn.Module, student: nn.Module, decay: float) -> None:
+    """Move the moving average towards the student."""
+    for a, p in zip(average.parameters(), student.parameters(), strict=True):
+        a.lerp_(p, 1 - decay)
+
+
+@torch.no_grad()
+def validated(
+    table: Table, sigmas: Tensor, sampling: Sampling, train: Tensor, validation: Tensor, error: Error
+) -> tuple[float, dict[str, float]]:
+    """The mean error on validation noise, and a point of the curve."""
+    seen, found = (sampling.states(table, sigmas, data[:, 0], range(len(data))) for data in (train[:SEEN], validation))
+    point = {"train_rmse": rmse(seen, train[:SEEN]), "validation_rmse": rmse(found, validation)}
+    current = error(found, validation).mean().item()
+    if not math.isfinite(current):
+        raise FloatingPointError(f"validation error: {current}; valid: a finite number")
+    return current, point
 
 
 def closed_form(sampling: Sampling, train: Tensor, validation: Tensor) -> Learned:
     """D-ODE's numbers, by least squares over the training trajectories."""
     denoise, _ = counted_denoiser(sampling.backend, prompts(range(len(train))), sampling.guidance_scale)
     table = fit_d_ode(denoise, train, sampling.sigmas, sampling.afs)
-    with torch.no_grad():
-        seen, found = (
-            sampling.states(table, sampling.sigmas, data[:, 0], range(len(data))) for data in (train[:SEEN], validation)
-        )
-    point = {"iteration": 0, "train_rmse": rmse(seen, train[:SEEN]), "validation_rmse": rmse(found, validation)}
+    _, found = validated(table, sampling.sigmas, sampling, train, validation, end_error)
+    point = {"iteration": 0, **found}
     return Learned(table, sampling.sigmas, point, [point])
 
 
@@ -240,19 +255,23 @@ def grid_of(student: Student, sampling: Sampling) -> Tensor:
 
 
 def error_of(loss: str, backend: Backend, extractor: Callable[[Tensor], Tensor]) -> Error:
-    """The loss of that name: squared differences of states at the end or at all nodes, or of the end's features."""
-
-    def end(states: Tensor, targets: Tensor) -> Tensor:
-        return (states[:, -1] - targets[:, -1]).square().flatten(1).mean(1)
-
-    def nodes(states: Tensor, targets: Tensor) -> Tensor:
-        return (states - targets)[:, 1:].square().flatten(1).mean(1)
+    """The loss of that name; `extractor` maps images (B, C, H, W) in [0, 1] to features (B, F)."""
 
     def features(states: Tensor, targets: Tensor) -> Tensor:
         found, wanted = (extractor(backend.decode(x[:, -1]).float()) for x in (states, targets))
         return (found - wanted).square().mean(1)
 
-    return {"end": end, "nodes": nodes, "features": features}[loss]
+    return {"end": end_error, "nodes": nodes_error, "features": features}[loss]
+
+
+def end_error(states: Tensor, targets: Tensor) -> Tensor:
+    """Mean squared difference at the last node, (B,)."""
+    return (states[:, -1] - targets[:, -1]).square().flatten(1).mean(1)
+
+
+def nodes_error(states: Tensor, targets: Tensor) -> Tensor:
+    """Mean squared difference at all nodes but the first, (B,)."""
+    return (states - targets)[:, 1:].square().flatten(1).mean(1)
 
 
 def rmse(states: Tensor, targets: Tensor) -> float:

@@ -184,7 +184,7 @@ class Classical(Section):
     solver: SolverName
     model: Literal["models/backbone"]
     schedule: Schedule
-    afs: bool
+    afs: bool | None
     num_steps: Nodes | None
 
 
@@ -229,15 +229,16 @@ class Params(Section):
     @model_validator(mode="after")
     def _samplers_can_match_the_serial_evaluations(self) -> "Params":
         budget = serial_evaluations(self.num_steps, self.afs, self.distill)
+        if budget < 1:
+            raise ValueError(f"num_steps: found {self.num_steps}; valid: 3 or more with afs, or all would be analytic")
         for name, sampler in self.samplers.items():
             if not isinstance(sampler, Classical) or sampler.num_steps is not None:
                 continue
-            per_step = EVALUATIONS.get(sampler.solver, 1)
-            if (budget + sampler.afs) % per_step or budget + sampler.afs < per_step:
+            if classical_nodes(sampler, budget) is None:
+                per_step = EVALUATIONS.get(sampler.solver, 1)
                 raise ValueError(
-                    f"samplers.{name}: {sampler.solver} with afs {sampler.afs} makes a multiple of {per_step} evaluations less "
-                    f"{int(sampler.afs)}, never the learned table's {budget}; valid: afs {not sampler.afs}, another solver, or "
-                    "a num_steps of its own"
+                    f"samplers.{name}: {sampler.solver} makes {per_step} evaluations per step, with afs {sampler.afs} never "
+                    f"the learned table's {budget}; valid: another afs, null for what fits, or a num_steps of its own"
                 )
         return self
 
@@ -257,6 +258,17 @@ def serial_evaluations(num_steps: int, afs: bool, distill: Distill) -> int:
     """Of the learned table: two per interval where it goes from the node to points inside, else one; less the analytic one."""
     per_step = 2 if isinstance(distill, EPD | EPDPlugin | AMED) else 1
     return per_step * (num_steps - 1) - afs
+
+
+def classical_nodes(sampler: Classical, serial: int) -> tuple[int, bool] | None:
+    """Nodes of the grid, and whether the first step is analytic, by which a solver makes so many evaluations; None: neither."""
+    for afs in (True, False) if sampler.afs is None else (sampler.afs,):
+        if sampler.num_steps is not None:
+            return sampler.num_steps, afs
+        steps, rest = divmod(serial + afs, EVALUATIONS.get(sampler.solver, 1))
+        if steps and not rest:
+            return steps + 1, afs
+    return None
 
 
 class ParamsError(Exception):

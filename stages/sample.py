@@ -11,7 +11,7 @@ from stages.command import command, progress
 from stages.files import BACKBONE, SAMPLES, reading, require, sha256, write_tensors
 from stages.grid import grid
 from stages.noise import batches, fresh_noise, noise, prompts
-from stages.params import EVALUATIONS, Classical, Distill, Learned, Sample, Sampler, serial_evaluations
+from stages.params import Classical, Distill, Learned, Sample, Sampler, classical_nodes, serial_evaluations
 
 
 def sample(
@@ -62,9 +62,12 @@ def run(
 
 def classical_solver(sampler: Classical, serial: int, spec: Spec) -> tuple[Solver, Tensor]:
     """A classical solver and its grid; without num_steps of its own, of so many serial evaluations."""
-    solver = AFS(SOLVERS[sampler.solver]) if sampler.afs else SOLVERS[sampler.solver]
-    intervals = (serial + sampler.afs) // EVALUATIONS.get(sampler.solver, 1)
-    return solver, grid(sampler.schedule, sampler.num_steps or intervals + 1, spec)
+    found = classical_nodes(sampler, serial)
+    if found is None:
+        raise ValueError(f"serial: {serial}; valid: a number of evaluations that {sampler.solver} can make")
+    num_steps, afs = found
+    solver = SOLVERS[sampler.solver]
+    return AFS(solver) if afs else solver, grid(sampler.schedule, num_steps, spec)
 
 
 if __name__ == "__main__":

@@ -52,20 +52,24 @@ def test_the_stage_that_an_error_names_is_the_one_that_makes_the_file() -> None:
         assert any(out == str(path) or out.startswith(f"{path}/") for out in outputs), path
 
 
-def rerun(section: str) -> set[str]:
-    """What a changed section runs again."""
-    changed = [name for name, data in graph().nodes(data=True) if any(p.split(".")[0] == section for p in data["params"])]
+def rerun(param: str) -> set[str]:
+    """What a change of one parameter, named with its section, runs again."""
+    changed = [name for name, data in graph().nodes(data=True) if any(f"{param}.".startswith(f"{p}.") for p in data["params"])]
     return set(changed).union(*(networkx.ancestors(graph(), name) for name in changed))
 
 
 def test_rdpo_parameters_rerun_rdpo_and_what_follows() -> None:
-    assert rerun("rdpo") == {"rdpo", "sample@rdpo", "evaluate@rdpo", "report"}
+    assert rerun("rdpo.learning_rate") == {"rdpo", "sample@rdpo", "evaluate@rdpo", "report"}
 
 
 def test_distillation_parameters_leave_the_classical_samplers_alone() -> None:
-    assert rerun("distill") == {
+    assert rerun("distill.learning_rate") == {
         "distill", "rdpo", "sample@distilled", "sample@rdpo", "evaluate@distilled", "evaluate@rdpo", "report",
     }  # fmt: skip
+
+
+def test_another_family_reruns_what_is_compared_with_it() -> None:
+    assert rerun("distill.family") == set(graph()) - {"backbone", "refs", "teacher"}
 
 
 def test_num_steps_reruns_all_but_the_backbone_and_its_statistics() -> None:

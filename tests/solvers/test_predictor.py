@@ -10,7 +10,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from backends import Gaussian
-from solvers import AFS, EPD, EPDTable, Predictor, integrate, load_predictor, polynomial, save_predictor
+from solvers import (
+    AFS,
+    AMED,
+    EPD,
+    SOLVERS,
+    EPDTable,
+    Multistep,
+    Predictor,
+    integrate,
+    load_predictor,
+    polynomial,
+    save_predictor,
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -41,6 +53,59 @@ def test_round_trip(predictor: Predictor, folder: Path, mixture: Gaussian, start
     assert found.provenance == predictor.provenance
     expected = integrate(mixture.denoiser([]), AFS(predictor.table), 80 * start, predictor.sigmas)
     assert torch.equal(integrate(mixture.denoiser([]), found, 80 * start, found.sigmas), expected)
+
+
+def multistep() -> Predictor:
+    student = Multistep(SOLVERS["ipndm_2"], polynomial(6, 0.002, 80.0), 2, 2, 0.2)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)).double()
+    return Predictor(student.table(), student.sigmas(), False, {"name": "digits", "sha256": "0" * 64}, 1.0, {})
+
+
+def amed() -> Predictor:
+    torch.manual_seed(0)
+    return Predictor(AMED(4, 4, 0.05, 0.1), polynomial(4, 0.002, 80.0), True, {"name": "digits", "sha256": "0" * 64}, 1.0, {})
+
+
+@pytest.mark.parametrize("make", [multistep, amed])
+def test_round_trip_of_every_family(make: Callable[[], Predictor], tmp_path: Path, mixture: Gaussian, start: Tensor) -> None:
+    class WithFeature:
+        def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+            return mixture.denoiser([])(x, sigma)
+
+        def with_feature(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+            return self(x, sigma), x.flatten(1) / sigma[:, None]
+
+    predictor = make()
+    save_predictor(predictor, tmp_path)
+    found = load_predictor(tmp_path)
+    assert type(found.table) is type(predictor.table)
+    with torch.no_grad():
+        expected = integrate(WithFeature(), predictor, 80 * start, predictor.sigmas)
+        assert torch.allclose(integrate(WithFeature(), found, 80 * start, found.sigmas), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "change", "message"),
+    [
+        (multistep, "update", lambda c: c[:, :3].contiguous(), r"stage: shape \(5, 2, 6\); valid: \(5, 2, 2\)"),
+        (multistep, "stage", lambda c: c + 1, "stage: coefficients of the main point or of the step's own outputs; valid: 0"),
+        (multistep, "nodes", lambda s: -s, "nodes: .*; valid: positive numbers"),
+        (multistep, "nodes", lambda s: 2 * s, "nodes: first points .*; valid: the record's sigmas but the last"),
+        (multistep, "update", lambda c: None, "tensors .*; valid: .*update"),
+        (amed, "heads.bias", lambda b: b[:2].contiguous(), r"heads.bias: shape \(2,\); valid: \(3,\)"),
+        (amed, "heads.bias", lambda b: None, "tensors .*; valid: .*heads.bias"),
+        (amed, "heads.bias", lambda b: b * torch.inf, "heads.bias: a number that is not finite"),
+    ],
+)
+def test_a_damaged_folder_of_any_family_is_refused(
+    make: Callable[[], Predictor], name: str, change: Callable[[Tensor], Tensor | None], message: str, tmp_path: Path
+) -> None:
+    save_predictor(make(), tmp_path)
+    edit_tensor(name, change)(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        load_predictor(tmp_path)
 
 
 def test_the_same_predictor_gives_the_same_bytes(predictor: Predictor, folder: Path) -> None:
@@ -88,7 +153,10 @@ def tamper(folder: Path) -> None:
         (edit_tensor("position", lambda r: r.float()), "position: torch.float32; valid: torch.float64"),
         (edit_tensor("time_scale", lambda a: None), "tensors .*; valid: .*time_scale"),
         (edit_record(format_version=2), "format_version 2; valid: 1"),
-        (edit_record(family="amed"), "family 'amed'; valid: 'epd'"),
+        (edit_record(family="rnn"), "family 'rnn'; valid: epd, multistep, amed"),
+        (edit_record(settings={}), r"settings: keys \[\]; valid: \['max_order'\]"),
+        (edit_record(settings={"max_order": 7}), r"settings.max_order: 7; valid: 1 to 4"),
+        (edit_record(settings={"max_order": True}), "max_order: True; valid: max_order of type int"),
         (edit_record(num_steps="4"), "num_steps: '4'; valid: num_steps of type int"),
         (edit_record(afs=None), "keys .*; valid: .*afs"),
         (edit_record(surprise=1), "keys .*surprise"),

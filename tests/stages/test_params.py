@@ -10,15 +10,26 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from solvers import SOLVERS
-from stages.params import Classical, ParamsError, Teacher, load_params
+from solvers import SOLVERS, depth, polynomial
+from stages.params import (
+    EVALUATIONS,
+    S4S,
+    Classical,
+    ParallelMultistep,
+    Params,
+    ParamsError,
+    S4SAlt,
+    Teacher,
+    load_params,
+    serial_evaluations,
+)  # fmt: skip
 
 ROOT = Path(__file__).parents[2]
 
 
-def composed() -> dict[str, Any]:
+def composed(*overrides: str) -> dict[str, Any]:
     with initialize_config_dir(str(ROOT / "conf"), version_base=None):
-        return OmegaConf.to_container(compose("config"), resolve=True)  # type: ignore[return-value]
+        return OmegaConf.to_container(compose("config", list(overrides)), resolve=True)  # type: ignore[return-value]
 
 
 def concatenated(read: Callable[[str], str]) -> str:
@@ -38,11 +49,39 @@ def test_params_yaml_is_the_composition_of_conf() -> None:
     assert committed("params.yaml") == concatenated(committed)
 
 
-def test_every_knob_is_explained_where_it_stands() -> None:
+FAMILIES = sorted(file.stem for file in (ROOT / "conf/family").iterdir())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_composes_to_five_serial_evaluations(family: str, tmp_path: Path) -> None:
+    file = tmp_path / "params.yaml"
+    file.write_text(yaml.safe_dump(composed(f"family={family}")))
+    params = load_params(file)
+    assert params.distill.family == family
+    assert serial_evaluations(params.num_steps, params.afs, params.distill) == 5
+
+
+@pytest.mark.parametrize("num_steps", [2, 3, 4, 5, 6])
+@pytest.mark.parametrize("afs", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_number_of_steps_leaves_the_samplers_comparable(family: str, afs: bool, num_steps: int, tmp_path: Path) -> None:
+    if num_steps == 2 and afs and serial_evaluations(2, afs, load(tmp_path, family, 3, True).distill) < 1:
+        return  # nothing but the analytic step
+    assert load(tmp_path, family, num_steps, afs).num_steps == num_steps
+
+
+def load(folder: Path, family: str, num_steps: int, afs: bool) -> Params:
+    (folder / "params.yaml").write_text(yaml.safe_dump(composed(f"family={family}", f"num_steps={num_steps}", f"afs={afs}")))
+    return load_params(folder / "params.yaml")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_knob_is_explained_where_it_stands(family: str) -> None:
     """But those of a sampler, explained at the first one."""
-    section, lines = "", concatenated(lambda path: (ROOT / path).read_text()).splitlines()
+    section, lines = "", concatenated(lambda path: (ROOT / path.replace("epd", family)).read_text()).splitlines()
     second_sampler, after = (lines.index(line) for line in ("  euler:", "sample:"))
-    for line in [*lines[:second_sampler], *lines[after:]]:
+    lines = [line for line in [*lines[:second_sampler], *lines[after:]] if line not in ("  name: time_uniform", "  rho: 2.0")]
+    for line in lines:
         if line and not line.startswith("#"):
             key, _, rest_of_line = line.partition(":")
             section = key if not key.startswith(" ") else section
@@ -51,8 +90,15 @@ def test_every_knob_is_explained_where_it_stands() -> None:
 
 
 def test_the_solvers_that_may_be_named_are_those_there_are() -> None:
-    for section in (Classical, Teacher):
-        assert set(get_args(section.model_fields["solver"].annotation)) == set(SOLVERS)
+    assert set(get_args(Classical.model_fields["solver"].annotation)) == set(SOLVERS)
+    assert set(get_args(Teacher.model_fields["solver"].annotation)) == set(SOLVERS) - {"ddpm"}
+    sigmas = polynomial(9, 0.1, 10.0)
+    single = set(SOLVERS) - {"euler", "ddpm"}
+    multistep = {name for name in single if SOLVERS[name](3, sigmas).nodes.tolist() == sigmas[3:4].tolist()}
+    for section in (S4S, S4SAlt, ParallelMultistep):
+        assert set(get_args(section.model_fields["start"].annotation)) == multistep
+    per_step = {name: depth(solver, sigmas) // 8 for name, solver in SOLVERS.items()}
+    assert {name: count for name, count in per_step.items() if count > 1} == EVALUATIONS
 
 
 def put(path: str, value: object) -> Callable[[dict[str, Any]], None]:
@@ -83,8 +129,11 @@ def put(path: str, value: object) -> Callable[[dict[str, Any]], None]:
         (put("schedule.rho", 0.001), "params.yaml: schedule.rho: found 0.001; valid: greater than or equal to 0.1"),
         (put("schedule.rho", -1.0), "params.yaml: schedule.rho: found -1.0; valid: greater than or equal to 0.1"),
         (put("schedule.name", "logsnr"), "params.yaml: schedule: unknown rho; valid: name"),
-        (put("distill.point", 2), "params.yaml: distill: unknown point; valid: points, scale_dir"),
-        (put("distill.loss", "lpips"), "params.yaml: distill.loss: found 'lpips'; valid: 'end' or 'nodes'"),
+        (put("distill.point", 2), "params.yaml: distill: unknown point; valid: learning_rate, iterations"),
+        (put("distill.loss", "lpips"), "params.yaml: distill.loss: found 'lpips'; valid: 'end', 'nodes' or 'features'"),
+        (put("distill.family", "rnn"), "params.yaml: distill.family: found 'rnn'; valid: 'epd', 'epd_plugin', 'amed', 's4s'"),
+        (put("distill.family", "s4s"), "params.yaml: distill: unknown points, scale_dir; valid: "),
+        (put("distill.ema_decay", 1.0), "params.yaml: distill.ema_decay: found 1.0; valid: less than 1"),
         (put("distill.learning_rate", float("nan")), "params.yaml: distill.learning_rate: found nan; valid: "),
         (put("rdpo", 3), "params.yaml: rdpo: found 3; valid: a valid dictionary"),
         (put("rdpo.tables", 1), "params.yaml: rdpo.tables: found 1; valid: greater than or equal to 2"),
@@ -99,7 +148,11 @@ def put(path: str, value: object) -> Callable[[dict[str, Any]], None]:
             put("samplers.euler.num_steps", 0),
             "params.yaml: samplers.euler.num_steps: found 0; valid: greater than or equal to 2",
         ),
-        (put("afs", False), ".afs: found True; valid: False like afs"),
+        (put("samplers.heun.afs", False), "samplers.heun: heun makes 2 evaluations per step, with afs False never the "),
+        (
+            put("samplers.heun.solver", "rk4"),
+            "samplers.heun: rk4 makes 4 evaluations per step, with afs None never the ",
+        ),
         (put("samplers.distilled", None), "samplers: no distilled; valid: with it"),
         (put("backbone.name", "sd3"), "params.yaml: backbone.name: found 'sd3'; valid: 'digits'"),
     ],
