@@ -72,7 +72,7 @@ def train_network(seed: int, params: Backbone, images: Tensor, labels: Tensor, c
         x = x0 + sigma.view(-1, 1, 1, 1) * torch.randn(x0.shape, generator=rng)
         weight = (sigma**2 + network.sigma_data**2) / (sigma * network.sigma_data) ** 2
         loss = (weight.view(-1, 1, 1, 1) * (network(x, sigma, batch_labels) - x0).square()).mean()
-        descend(optimizer, loss, params.learning_rate * cosine(iteration, params.iterations))
+        descend(optimizer, loss, cosine(iteration, params.iterations))
         decay = min(params.ema_decay, (iteration + 1) / (iteration + 10))  # short at first: the start is soon forgotten
         with torch.no_grad():
             for a, p in zip(average.parameters(), network.parameters(), strict=True):
@@ -93,7 +93,7 @@ def train_classifier(seed: int, name: str, params: Backbone, images: Tensor, lab
         rows = torch.randint(len(images), (64,), generator=rng)
         x = moved(images[rows], rng)
         loss = cross_entropy(classifier(x), labels[rows], label_smoothing=params.label_smoothing)
-        descend(optimizer, loss, params.learning_rate * cosine(iteration, params.classifier_iterations))
+        descend(optimizer, loss, cosine(iteration, params.classifier_iterations))
     return classifier.eval()
 
 

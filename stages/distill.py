@@ -4,23 +4,23 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from backends import Backend, Digits, counted_denoiser
 from metrics.classifier import Classifier
 from solvers import AFS, AMED, EPD, SOLVERS, Checkpointed, Multistep, Predictor, Solver, fit_d_ode, save_predictor, trajectory
 from solvers.predictor import Table
 from stages import params
+from stages.checkpoint import Checkpoint, adam_state, load_adam_state, under
 from stages.command import command, progress
 from stages.files import BACKBONE, DISTILLED, RESULTS, TEACHER, atomic, read_tensors, reading, require, sha256, write_csv
 from stages.noise import prompts
 from stages.params import Distill, Learning
-from stages.training import cosine, descend, rng
+from stages.training import cosine, descend, rng, seeded
 
 SEEN = 128
 """Training samples by which the curve follows the training error."""
@@ -29,7 +29,8 @@ WARMUP = 20
 
 Student = EPD | AMED | Multistep
 Error = Callable[[Tensor, Tensor], Tensor]
-"""Student's and teacher's states (B, num_steps, ...), a student with a grid of its own gives the last alone -> error (B,)."""
+"""The student's and the teacher's states at all nodes, (B, num_steps, ...) -> error (B,). Where the student learns its grid,
+only the first and the last nodes are the same noise levels."""
 
 
 def distill(*, seed: int, num_steps: int, afs: bool, guidance_scale: float, distill: Distill) -> None:
@@ -44,12 +45,16 @@ def distill(*, seed: int, num_steps: int, afs: bool, guidance_scale: float, dist
         require(TEACHER, "num_steps", len(sigmas), num_steps)
         require(TEACHER, "guidance_scale", description["guidance_scale"], guidance_scale)
     sampling = Sampling(backend, guidance_scale, afs, sigmas)
+    checkpoint = None
     if isinstance(distill, params.DODE):
         learned = closed_form(sampling, train, validation)
     else:
         sampling.checkpoint_calls = distill.checkpoint_calls
-        student = new_student(distill, sigmas, backend.spec.features)
-        learned = learn(student, sampling, train, validation, distill, error_of(distill.loss, backend, extractor), seed)
+        student = seeded(seed, "student", lambda: new_student(distill, sigmas, backend.spec.features))
+        inputs = [*sorted(BACKBONE.iterdir()), TEACHER]
+        checkpoint = Checkpoint("distill", {"seed": seed, "afs": afs, "distill": distill}, inputs)
+        error = error_of(distill.loss, backend, extractor)
+        learned = learn(student, sampling, train, validation, distill, error, seed, checkpoint)
     provenance = {
         "stage": "distill",
         "parameters": distill.model_dump(),
@@ -62,6 +67,8 @@ def distill(*, seed: int, num_steps: int, afs: bool, guidance_scale: float, dist
     with atomic(DISTILLED) as folder:
         folder.mkdir()
         save_predictor(Predictor(learned.table, learned.sigmas, afs, backbone, guidance_scale, provenance), folder)
+    if checkpoint is not None:
+        checkpoint.remove()
 
 
 @dataclass
@@ -91,8 +98,8 @@ class Learned:
 
     table: Table
     sigmas: Tensor
-    chosen: dict[str, float] = field(default_factory=dict)
-    curve: list[dict[str, float]] = field(default_factory=list)
+    chosen: dict[str, float]
+    curve: list[dict[str, float]]
 
 
 def new_student(distill: Learning, sigmas: Tensor, features: int) -> Student:
@@ -113,7 +120,14 @@ def new_student(distill: Learning, sigmas: Tensor, features: int) -> Student:
 
 
 def learn(
-    student: Student, sampling: Sampling, train: Tensor, validation: Tensor, settings: Learning, error: Error, seed: int
+    student: Student,
+    sampling: Sampling,
+    train: Tensor,
+    validation: Tensor,
+    settings: Learning,
+    error: Error,
+    seed: int,
+    checkpoint: Checkpoint | None = None,
 ) -> Learned:
     """Gradient descent through the whole sampler; what is kept is the moving average (EMA) that is best on validation noise.
 
@@ -124,16 +138,24 @@ def learn(
         settings: of the family.
         error: what is minimised; any differentiable distance of states, LPIPS for one.
         seed: of the batches.
+        checkpoint: where the work goes on from, and is saved at each validation.
 
     Raises:
         FloatingPointError: the network, the loss or its gradient is not finite, with the iteration and the step.
     """
     optimizer = torch.optim.Adam(parameter_groups(student, settings))
-    schedule = LambdaLR(optimizer, lambda i: cosine(i, settings.iterations) * min(1.0, (i + 1) / WARMUP))
     relaxed = Relaxed(train[:, 0], settings.radius if isinstance(settings, params.S4S | params.S4SAlt) else 0.0)
-    average, lowest, curve = copy.deepcopy(student), float("inf"), list[dict[str, float]]()
-    learned = Learned(student.table(), sampling.sigmas)
-    bar = progress(range(settings.iterations + 1), "distill", "iteration")
+    average, best = copy.deepcopy(student), copy.deepcopy(student)
+    lowest, curve, chosen = float("inf"), list[dict[str, float]](), dict[str, float]()
+    if checkpoint is not None and (saved := checkpoint.load()) is not None:
+        tensors, values = saved
+        for name, module in (("student", student), ("average", average), ("best", best)):
+            module.load_state_dict(under(name, tensors))
+        load_adam_state(optimizer, under("adam", tensors))
+        relaxed.moved = tensors["relaxed.moved"]
+        lowest, curve, chosen = values["lowest"], values["curve"], values["chosen"]
+    done = int(curve[-1]["iteration"]) + 1 if curve else 0
+    bar = progress(range(done, settings.iterations + 1), "distill", "iteration", done)
     for iteration in bar:
         with naming(iteration):
             if iteration > 0:
@@ -144,19 +166,30 @@ def learn(
 
                 start = relaxed.start(rows)
                 before = errors(start)
+                share = cosine(iteration - 1, settings.iterations) * min(1.0, iteration / WARMUP)
                 # of the logarithm: steps do not depend on the error's unit, and do not fade as it falls
-                descend(optimizer, before.mean().log(), frozen=frozen(student, settings, iteration - 1))
+                descend(optimizer, before.mean().log(), share, frozen(student, settings, iteration - 1))
                 relaxed.move(rows, start, before.detach(), errors)
-                schedule.step()
                 follow(average, student, min(settings.ema_decay, iteration / (iteration + 9)))  # short memory at first
             if iteration % settings.validate_every == 0 or iteration == settings.iterations:
-                table, sigmas = copy.deepcopy(average).requires_grad_(False).table(), grid_of(average, sampling).detach()
-                current, point = validated(table, sigmas, sampling, train, validation, error)
+                current, point = validated(*kept(average, sampling), sampling, train, validation, error)
                 curve.append({"iteration": iteration, **point})
                 bar.set_postfix(validation_rmse=f"{point['validation_rmse']:.4f}")
                 if current < lowest:
-                    lowest, learned = current, Learned(table, sigmas, curve[-1])
-    return replace(learned, curve=curve)
+                    lowest, chosen = current, curve[-1]
+                    best.load_state_dict(average.state_dict())
+                if checkpoint is not None and iteration > 0:
+                    modules = {"student": student, "average": average, "best": best}
+                    parts = {name: module.state_dict() for name, module in modules.items()}
+                    parts |= {"adam": adam_state(optimizer), "relaxed": {"moved": relaxed.moved}}
+                    checkpoint.save(parts, {"lowest": lowest, "curve": curve, "chosen": chosen})
+    return Learned(*kept(best, sampling), chosen, curve)
+
+
+def kept(student: Student, sampling: Sampling) -> tuple[Table, Tensor]:
+    """A student's table and grid as plain numbers."""
+    fixed = copy.deepcopy(student).requires_grad_(False)
+    return fixed.table(), grid_of(fixed, sampling)
 
 
 @contextmanager

@@ -63,7 +63,8 @@ def rdpo(*, seed: int, rdpo: RDPOParams) -> None:
     rollouts = Rollouts(backend, reward, frechet, refs, distilled)
     scale_std = {"direction_scale": rdpo.direction_std, "time_scale": rdpo.time_std}
     policy = seeded(seed, "policy", lambda: Policy(table, rdpo.concentration, scale_std, rdpo.hidden, rdpo.blocks))
-    optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0)  # the KL term is what holds the policy back
+    # the KL term is what holds the policy back
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=rdpo.learning_rate, weight_decay=0.0)
     base_rewards, base_distance = rollouts.validate(policy.mean(), seed, rdpo.validation)
     curve: Curve = [point(0, base_rewards, base_rewards, base_distance, policy)]
     best, chosen = policy.mean(), curve[0]
@@ -120,7 +121,7 @@ def improve(
         ratio = (policy.log_prob(draw) - old).exp()
         clipped = ratio.clamp(1 - rdpo.clip, 1 + rdpo.clip)
         loss = torch.maximum(-advantage * ratio, -advantage * clipped).mean() + rdpo.kl * policy.kl()
-        descend(optimizer, loss, rdpo.learning_rate * warmup)
+        descend(optimizer, loss, warmup)
     return rewards.mean().item()
 
 

@@ -113,7 +113,7 @@ def compare(results: dict[str, Any], scores: dict[str, dict[str, Tensor]], class
         findings.append(
             f"{BASE} has {ratio:.2f} ± {spread:.2f} times the RMSE of {rival}, the best in that of these classical samplers, "
             f"at {serial} serial evaluations each (total: {results[BASE]['total_evaluations']:g} against "
-            f"{results[rival]['total_evaluations']:g}). Other schedules, better ones among them: bench/classical.md."
+            f"{results[rival]['total_evaluations']:g}). Other schedules, better ones among them: bench/solvers.md."
         )
     distances = [scores[name]["frechet_distance_bootstrap"] for name in ("rdpo", BASE)]
     change = results["rdpo"]["frechet_distance"] - results[BASE]["frechet_distance"]

@@ -34,15 +34,13 @@ def cosine(iteration: int, iterations: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * iteration / iterations))
 
 
-def descend(
-    optimizer: torch.optim.Optimizer, loss: Tensor, learning_rate: float | None = None, frozen: Sequence[nn.Parameter] = ()
-) -> None:
+def descend(optimizer: torch.optim.Optimizer, loss: Tensor, share: float, frozen: Sequence[nn.Parameter] = ()) -> None:
     """One step down the gradient of a loss, clipped to norm 1.
 
     Args:
         optimizer: of all parameters.
         loss: a number, ().
-        learning_rate: of this step; None: what the optimizer has.
+        share: of the optimizer's learning rates, in this step.
         frozen: parameters to leave alone in it.
 
     Raises:
@@ -58,6 +56,9 @@ def descend(
     length = nn.utils.clip_grad_norm_(parameters, 1.0)
     if not bool(length.isfinite()):
         raise FloatingPointError(f"norm of the loss's gradient: {length.item()}; valid: a finite number")
-    for group in optimizer.param_groups if learning_rate is not None else ():
-        group["lr"] = learning_rate
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] *= share
     optimizer.step()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate

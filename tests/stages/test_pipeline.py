@@ -121,8 +121,8 @@ def test_rdpo_raises_the_reward_that_it_is_given(epochs: int, mixture: Gaussian,
     rollouts = Rollouts(mixture, reward, None, {}, distilled)  # type: ignore[arg-type]
     torch.manual_seed(0)
     policy = Policy(base, 200.0, {"direction_scale": 0.05, "time_scale": 0.05}, 16, 1)
-    optimizer = torch.optim.AdamW(policy.parameters())
-    settings = {**small()["rdpo"], "groups": 8, "tables": 8, "epochs": epochs, "kl": 0.0, "learning_rate": 1e-2, "warmup": 0}
+    settings = {**small()["rdpo"], "groups": 8, "tables": 8, "epochs": epochs, "kl": 0.0, "warmup": 0}
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2)
     start, wanted = noise(0, "validation", range(256), (1, 2, 2)), ["0"] * 256
     before = reward(rollouts.images(policy.mean(), start, wanted), wanted)
     for iteration in range(1, 26):
@@ -153,7 +153,7 @@ def test_samples_do_not_depend_on_the_batch_size(batch_size: int, finished: Path
     }
 
 
-@pytest.mark.parametrize("stage", ["backbone", "rdpo"])
+@pytest.mark.parametrize("stage", ["backbone", "distill", "rdpo"])
 @pytest.mark.parametrize("interruption", [1, 3])
 def test_an_interrupted_stage_goes_on_to_the_same_bytes(
     stage: str, interruption: int, upstream: Path, monkeypatch: pytest.MonkeyPatch
@@ -161,7 +161,11 @@ def test_an_interrupted_stage_goes_on_to_the_same_bytes(
     """Interrupted right after its 1st or 3rd checkpoint."""
     from stages.checkpoint import Checkpoint
 
-    outputs = {"backbone": ["models/backbone", "data/digits.safetensors"], "rdpo": ["models/rdpo", "results/rdpo.csv"]}[stage]
+    outputs = {
+        "backbone": ["models/backbone", "data/digits.safetensors"],
+        "distill": ["models/distilled", "results/distill.csv"],
+        "rdpo": ["models/rdpo", "results/rdpo.csv"],
+    }[stage]
     expected = hashes(upstream, *outputs)
     for name in outputs:
         shutil.rmtree(upstream / name) if (upstream / name).is_dir() else (upstream / name).unlink()
