@@ -42,6 +42,7 @@ from stages.noise import batches, prompts
 from stages.params import Distill, LogSNR, Polynomial, Schedule, TimeUniform
 from stages.sample import run
 from stages.teacher import run as teach
+from stages.training import seeded
 
 BUDGETS = (3, 5, 7, 9)
 SCHEDULES: dict[str, Schedule] = {
@@ -154,7 +155,14 @@ class Bench:
         folder.mkdir(exist_ok=True)
         backbone = {"name": "digits"}
         save_predictor(Predictor(learned.table, learned.sigmas, True, backbone, self.guidance_scale, {}), folder)
-        return {"schedule": schedule, "afs": True, "num_steps": num_steps, "seconds": seconds, "predictor": str(folder)}
+        return {
+            "schedule": schedule,
+            "afs": True,
+            "num_steps": num_steps,
+            "seconds": seconds,
+            "predictor": str(folder),
+            "settings": settings.model_dump(),
+        }
 
     def _train(self, settings: Distill, schedule: str, num_steps: int) -> Learned:
         sigmas, train = self.teacher("train", TRAIN, schedule, num_steps)
@@ -162,9 +170,8 @@ class Bench:
         sampling = Sampling(self.backend, self.guidance_scale, True, sigmas)
         if isinstance(settings, params.DODE):
             return closed_form(sampling, train, validation)
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            torch.manual_seed(SEED)
-            student = new_student(settings, sigmas, self.backend.spec.features)
+        with torch.enable_grad():
+            student = seeded(SEED, "student", lambda: new_student(settings, sigmas, self.backend.spec.features))
             return learn(student, sampling, train, validation, settings, end_error, SEED)
 
     def tested(self, name: str, choice: dict[str, Any]) -> dict[str, Any]:
@@ -222,7 +229,8 @@ def unit(task: tuple[str, tuple[Any, ...]]) -> Any:
     if method == "reference":
         bench.reference(*arguments)
         return None
-    key = hashlib.sha256(json.dumps([method, arguments], sort_keys=True).encode()).hexdigest()[:16]
+    settings = FAMILIES[arguments[1]][0].model_dump() if method == "learned" else None
+    key = hashlib.sha256(json.dumps([method, arguments, settings], sort_keys=True).encode()).hexdigest()[:16]
     file = FOLDER / f"{method}-{key}.json"
     if not file.exists():
         write_json(file, {"result": getattr(bench, method)(*arguments)})
@@ -311,8 +319,8 @@ Learned from {TRAIN} trajectories with one seed and the settings of conf/family.
 
 RMSE: root mean squared difference to 256 steps of Heun's method on the same noise, of states in [-1, 1]. FD: Frechet distance
 in the judge's features, to that reference's images and to the training digits. accuracy: by the judge. serial, total:
-evaluations of the network one after the other, and rows per image. ms / image: of a batch of 64, one thread. training s: with
-another process beside it.
+evaluations of the network one after the other, and rows per image. ms / image: of a batch of 64, one thread. training s: on one
+thread, with as many trainings at a time as the machine has cores.
 """
     parts = [head, "## What it shows\n", *findings(rows)]
     for budget in BUDGETS:

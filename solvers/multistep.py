@@ -123,13 +123,18 @@ class Multistep(nn.Module):
         """The table that the parameters stand for; differentiable."""
         sigmas = self.sigmas()
         sigma, sigma_next = sigmas[:-1, None], sigmas[1:, None]
+        # nothing beyond the grid's ends, which the network may not know
+        highest, lowest = self.ends.exp()
+        ahead = (sigma ** (1 - self.position) * sigma_next**self.position).clamp(lowest, highest)
+        nodes = torch.cat([sigma, ahead], 1)
+        shown = (nodes * within(self.scale_time, self.time_scale)).clamp(lowest, highest)
         main = self.lead.new_zeros(len(self.lead), 1, self.lead.shape[-1])
         return MultistepTable(
             form=self.form,
-            nodes=torch.cat([sigma, sigma ** (1 - self.position) * sigma_next**self.position], 1),
+            nodes=nodes,
             stage=nn.functional.pad(torch.cat([main, self.lead + self.stage], 1), (0, self.time_scale.shape[1])),
             update=self.base + self.update,
-            time_scale=within(self.scale_time, self.time_scale),
+            time_scale=shown / nodes,
         )
 
     def __call__(self, step: int, sigmas: Tensor) -> StepTable:

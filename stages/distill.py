@@ -165,11 +165,10 @@ def learn(
                     return error(sampling.states(student.table(), grid_of(student, sampling), start, rows), train[rows])
 
                 start = relaxed.start(rows)
-                before = errors(start)
                 share = cosine(iteration - 1, settings.iterations) * min(1.0, iteration / WARMUP)
                 # of the logarithm: steps do not depend on the error's unit, and do not fade as it falls
-                descend(optimizer, before.mean().log(), share, frozen(student, settings, iteration - 1))
-                relaxed.move(rows, start, before.detach(), errors)
+                descend(optimizer, errors(start).mean().log(), share, frozen(student, settings, iteration - 1))
+                relaxed.move(rows, start, errors)
                 follow(average, student, min(settings.ema_decay, iteration / (iteration + 9)))  # short memory at first
             if iteration % settings.validate_every == 0 or iteration == settings.iterations:
                 current, point = validated(*kept(average, sampling), sampling, train, validation, error)
@@ -251,8 +250,8 @@ class Relaxed:
         return self.moved[rows].requires_grad_(self.radius > 0)
 
     @torch.no_grad()
-    def move(self, rows: list[int], start: Tensor, before: Tensor, errors: Callable[[Tensor], Tensor]) -> None:
-        """Move those starts whose error (B,) falls by it."""
+    def move(self, rows: list[int], start: Tensor, errors: Callable[[Tensor], Tensor]) -> None:
+        """Move those starts, (B, ...) with their gradient, whose error (B,) falls by it."""
         if start.grad is None:
             return
         noise = self.noise[rows]
@@ -260,7 +259,7 @@ class Relaxed:
         there = start - radius / 4 * start.grad / norm(start.grad).clamp_min(1e-30)
         offset = there - noise
         there = noise + offset * (radius / norm(offset).clamp_min(1e-30)).clamp_max(1)
-        better = errors(there) < before
+        better = errors(there) < errors(start)
         self.moved[rows] = torch.where(better.view(-1, *[1] * (noise.ndim - 1)), there, start.detach())
 
 

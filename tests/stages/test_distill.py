@@ -176,16 +176,15 @@ def test_a_relaxed_start_moves_within_its_ball_and_only_for_the_better() -> None
     for _ in range(12):
         rows = [4, 1, 2]
         start = relaxed.start(rows)
-        before = errors(start, rows)
-        before.sum().backward()
-        relaxed.move(rows, start, before.detach(), lambda x, rows=rows: errors(x, rows))
+        errors(start, rows).sum().backward()
+        relaxed.move(rows, start, lambda x, rows=rows: errors(x, rows))
     moved = relaxed.moved - noise
     assert bool((moved[[0, 3, 5]] == 0).all())
     shares = (norm(moved) / norm(noise)).flatten()[[1, 2, 4]]
     assert torch.allclose(shares, torch.full((3,), 0.01).double(), rtol=1e-6)  # the target lies outside: they end on the sphere
     start = relaxed.start([1])
     errors(start, [1]).sum().backward()
-    relaxed.move([1], start, torch.zeros(1).double(), lambda x: errors(x, [1]))  # nothing is better than 0
+    relaxed.move([1], start, lambda x: -errors(x, [1]))  # against the gradient is for the worse now
     assert torch.equal(relaxed.moved[1], start.detach()[0])
     assert not Relaxed(noise, radius=0.0).start([1]).requires_grad
 
