@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from solvers.epd import within
+from solvers.epd import check_scales, within
 from solvers.table import StepTable
 
 WIDTH, CHANNELS = 128, 8
@@ -31,6 +31,7 @@ class AMED(nn.Module):
 
     def __init__(self, num_steps: int, features: int, scale_dir: float, scale_time: float) -> None:
         super().__init__()
+        check_scales(scale_dir=scale_dir, scale_time=scale_time)
         self.num_steps = num_steps
         self.features = features
         self.scale_dir = scale_dir
@@ -83,7 +84,7 @@ class AMED(nn.Module):
         """Features (B, F) and the noise levels () of a step -> r in (0, 1) and what o and a are made from, (B, 3)."""
         if feature.shape[-1] != self.features:
             raise ValueError(f"feature: {tuple(feature.shape)}; valid: (B, {self.features}), as the predictor was made for")
-        h = self.bottleneck(feature.double().cpu())
+        h = self.bottleneck(feature.cpu().double())
         levels = self.level(torch.stack([_embedding(sigma), _embedding(sigma_next)])).flatten()
         out = self.heads(torch.cat([h, levels.expand(len(h), -1)], -1))
         return torch.cat([out[:, :1].sigmoid(), out[:, 1:]], -1)

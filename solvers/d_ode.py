@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from solvers.denoiser import Denoiser
-from solvers.integrate import advance
+from solvers.integrate import advance, check_grid
 from solvers.multistep import MultistepTable
 from solvers.table import StepTable
 
@@ -26,6 +26,9 @@ def fit_d_ode(denoise: Denoiser, states: Tensor, sigmas: Tensor, afs: bool) -> M
     Returns:
         The table, in data form, with one point per step and one step of history.
     """
+    check_grid(sigmas)
+    if states.ndim < 3 or states.shape[1] != len(sigmas):
+        raise ValueError(f"states: shape {tuple(states.shape)}; valid: (B, {len(sigmas)}, ...), one for each node of sigmas")
     x, earlier, update = states[:, 0], [], torch.zeros(len(sigmas) - 1, 2, dtype=torch.float64)
     for step, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         width = min(step, 1) + 1
@@ -43,7 +46,8 @@ def fit_d_ode(denoise: Denoiser, states: Tensor, sigmas: Tensor, afs: bool) -> M
         update[step, 1] = 1
         if step > 0:
             change = (1 - sigma_next / sigma).item() * (earlier[1] - earlier[0])
-            factor = ((states[:, step + 1] - x) * change).sum() / change.square().sum()
+            # a denoised state that does not change leaves nothing to fit
+            factor = ((states[:, step + 1] - x) * change).sum() / change.square().sum().clamp_min(1e-300)
             update[step] += torch.stack([-factor, factor]).cpu()
             x = x + factor * change
     ones = torch.ones(len(update), 1, dtype=torch.float64)

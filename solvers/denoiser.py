@@ -1,5 +1,6 @@
 """What the solvers call, and wrappers around it."""
 
+import math
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -28,7 +29,10 @@ def with_feature(denoise: Denoiser, x: Tensor, sigma: Tensor) -> tuple[Tensor, T
     """D (M*B, ...) and the feature (M*B, F); raises TypeError where the denoiser has none."""
     if not isinstance(denoise, FeatureDenoiser):
         raise TypeError(f"denoise: {type(denoise).__name__} gives no feature; valid: a FeatureDenoiser, as AMED needs")
-    return denoise.with_feature(x, sigma)
+    denoised, feature = denoise.with_feature(x, sigma)
+    if feature.ndim != 2 or len(feature) != len(x) or not math.isfinite(feature.sum().item()):
+        raise ValueError(f"denoise: gave a feature of shape {tuple(feature.shape)}; valid: finite numbers, ({len(x)}, F)")
+    return denoised, feature
 
 
 class Counter:
@@ -93,6 +97,8 @@ class Guided:
         return self._guide(out), feature.unflatten(0, (-1, 2, self.batch))[:, 0].flatten(0, 1)
 
     def _both(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        if len(x) % self.batch:
+            raise ValueError(f"x: {len(x)} rows; valid: a multiple of the {self.batch} conditions that the guidance has")
         rows = x.unflatten(0, (-1, 1, self.batch)).expand(-1, 2, -1, *x.shape[1:])  # (M, 2, B, ...)
         sigmas = sigma.unflatten(0, (-1, 1, self.batch)).expand(-1, 2, -1)
         return rows.flatten(0, 2), sigmas.flatten()

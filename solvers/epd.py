@@ -36,6 +36,9 @@ class EPDTable:
 
     def __post_init__(self) -> None:
         check_order(self.max_order, len(ADAMS_BASHFORTH))
+        shapes = [tuple(value.shape) for value in (self.position, self.weight, self.direction_scale, self.time_scale)]
+        if len(set(shapes)) > 1 or len(shapes[0]) not in (2, 3) or 0 in shapes[0]:
+            raise ValueError(f"position, weight, direction_scale, time_scale: {shapes}; valid: one shape, (N, K) or (B, N, K)")
 
     @property
     def num_steps(self) -> int:
@@ -87,6 +90,9 @@ class EPD(nn.Module):
 
     def __init__(self, num_steps: int, num_points: int, scale_dir: float, scale_time: float, max_order: int = 1) -> None:
         super().__init__()
+        check_scales(scale_dir=scale_dir, scale_time=scale_time)
+        if num_steps < 2 or num_points < 1:
+            raise ValueError(f"num_steps, num_points: {num_steps}, {num_points}; valid: 2 nodes or more, 1 point or more")
         shape = (num_steps - 1, num_points)
         even = torch.arange(1, num_points + 1, dtype=torch.float64) / (num_points + 1)
         self.position = nn.Parameter(even.logit().repeat(num_steps - 1, 1))
@@ -109,6 +115,13 @@ class EPD(nn.Module):
 
     def __call__(self, step: int, sigmas: Tensor) -> StepTable:
         return self.table()(step, sigmas)
+
+
+def check_scales(**scales: float) -> None:
+    """Raise ValueError unless the ranges of scales, by name, are in [0, 1)."""
+    for name, value in scales.items():
+        if not 0 <= value < 1:
+            raise ValueError(f"{name}: {value}; valid: at least 0, below 1")
 
 
 def within(range_: float, value: Tensor) -> Tensor:

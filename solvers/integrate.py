@@ -70,6 +70,8 @@ def advance(
         The state at table.sigma_next, and this step's columns, for the step after it.
     """
     check_history(table, len(earlier))
+    if table.batch not in (None, len(x)):
+        raise ValueError(f"table: of {table.batch} images; valid: one table for all, or one for each of the {len(x)} of x")
     outputs = dict(enumerate(earlier[len(earlier) - table.history :]))
     if table.adapt is not None:
         table = table.adapt(_first_feature(denoise, table, x, outputs))
@@ -99,6 +101,8 @@ def evaluate(denoise: Denoiser, wanted: Sequence[tuple[StepTable, int, Tensor, O
 
 def next_state(table: StepTable, x: Tensor, outputs: Outputs, fresh: Tensor | None = None) -> Tensor:
     """The state at table.sigma_next, from all of the step's outputs and an ancestral step's unit noise."""
+    if table.noise and fresh is None:
+        raise ValueError(f"fresh: None, and the step adds noise {table.noise}; valid: unit noise of the shape of x")
     if fresh is None:
         return _state(table, table.update_row, table.ends[1], x, outputs)
     down = math.sqrt(float(table.sigma_next) ** 2 - table.noise**2)
@@ -146,13 +150,20 @@ def check_grid(sigmas: Tensor) -> None:
 
 
 def check_state(x: Tensor) -> None:
-    """Raise ValueError unless x is a batch of floating-point states."""
-    if not x.is_floating_point() or x.ndim < 2 or len(x) == 0:
-        raise ValueError(f"x: {x.dtype}, shape {tuple(x.shape)}; valid: floating-point, (B, ...) with B >= 1")
+    """Raise ValueError unless x is a batch of finite states in single or double precision."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"x: {type(x).__name__}; valid: a tensor")
+    if x.dtype not in (torch.float32, torch.float64) or x.ndim < 2 or len(x) == 0:
+        valid = "float32 or float64 (only the backend computes in half precision), (B, ...) with B >= 1"
+        raise ValueError(f"x: {x.dtype}, shape {tuple(x.shape)}; valid: {valid}")
+    if not math.isfinite(x.detach().sum().item()):
+        raise ValueError("x: numbers that are not finite; valid: sigmas[0] times unit noise")
 
 
 def check_denoised(denoised: Tensor, batch: Tensor, sigma: Tensor) -> None:
     """Raise unless the denoiser returned finite numbers of its input's shape, dtype and device."""
+    if not isinstance(denoised, Tensor):
+        raise ValueError(f"denoise: returned {type(denoised).__name__}; valid: a tensor of shape {tuple(batch.shape)}")
     if denoised.shape != batch.shape or denoised.dtype != batch.dtype or denoised.device != batch.device:
         found, valid = (f"{tuple(t.shape)}, {t.dtype}, on {t.device}" for t in (denoised, batch))
         raise ValueError(f"denoise: returned {found}; valid: {valid}, as the state it was given")

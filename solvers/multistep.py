@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from solvers.epd import within
+from solvers.epd import check_scales, within
+from solvers.integrate import check_grid
 from solvers.table import Form, Solver, StepTable
 
 
@@ -15,7 +16,8 @@ class MultistepTable:
 
     A step makes one batch of K evaluations: of the main state x at sigma, and of K - 1 look-ahead states further on, which are
     made from the outputs of earlier steps alone. The next state weighs all outputs of the last H steps and of this one. Both
-    are rows as in `StepTable`. The first step has nothing to look ahead by: its only point is the main one, analytic under AFS.
+    are rows as in `StepTable`. The first step's only point is the main one, analytic under AFS: its direction then leads to the
+    second's look-ahead points. (Looking ahead along it in the first step already, without AFS, was worse on the digits.)
 
     A row has W = (H + 1) K columns: the outputs of the last H steps, oldest first, then this step's K. The first steps, which
     have fewer, use the last ones of them.
@@ -52,6 +54,9 @@ class MultistepTable:
     def __call__(self, step: int, sigmas: Tensor) -> StepTable:
         if len(sigmas) != self.num_steps:
             raise ValueError(f"sigmas: {len(sigmas)} nodes; valid: {self.num_steps}, as many as the table was made for")
+        made_for, found = self.nodes[step, 0].item(), sigmas[step].item()
+        if abs(found - made_for) > 1e-6 * made_for:
+            raise ValueError(f"sigmas: {found} at node {step}; valid: {made_for}, the grid that the table was made for")
         points = self.num_points if step else 1
         width = points + available(step, self.num_points, self.history)
         last = self.update.shape[-1] - (0 if step else self.num_points - 1)  # the first step's own column is its main point's
@@ -75,9 +80,10 @@ def available(step: int, points: int, history: int) -> int:
 class Multistep(nn.Module):
     """A learnable MultistepTable with its grid, which start as a classical multistep solver's.
 
-    Coefficients are residuals on the classical ones; look-ahead points start evenly spread up to the next node, along the
-    newest main output, with weight 0. The grid is uniform in cumsum(softmax(grid)) on the way from log sigma_0 to log sigma_N:
-    both ends stay. (S4S, Frankel et al. 2025, with num_points 1; the grid is LD3's, Tong et al. 2025.)
+    Coefficients are residuals on the classical ones of the grid at the start; look-ahead points start evenly spread up to the
+    next node, along the newest main output, with weight 0. The grid is uniform in cumsum(softmax(grid)) on the way from
+    log sigma_0 to log sigma_N: both ends stay. (S4S, Frankel et al. 2025, with num_points 1; the grid is LD3's, Tong et al.
+    2025.)
 
     Args:
         start: a classical solver with one evaluation per step.
@@ -89,6 +95,13 @@ class Multistep(nn.Module):
 
     def __init__(self, start: Solver, sigmas: Tensor, num_points: int, history: int, scale_time: float) -> None:
         super().__init__()
+        check_grid(sigmas)
+        check_scales(scale_time=scale_time)
+        if sigmas[-1] == 0:
+            raise ValueError("sigmas: 0 at the end; valid: a positive noise level, since the grid is learned in log sigma")
+        if num_points < 1 or not 1 <= history <= len(sigmas) - 1:
+            found = f"{num_points}, {history}"
+            raise ValueError(f"num_points, history: {found}; valid: 1 or more; 1 to {len(sigmas) - 1}, the steps of the grid")
         steps, old = len(sigmas) - 1, history * num_points
         tables = [start(step, sigmas) for step in range(steps)]
         self.form: Form = tables[0].form

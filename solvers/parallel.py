@@ -140,7 +140,7 @@ class _Sweeps:
         self.first: dict[int, int] = {0: 0}  # number of a step's first own output
         self.outputs: dict[int, Tensor] = {}
         self.fresh: dict[int, Tensor | None] = {}
-        self.denoised: Tensor | None = None  # the newest, of the interval furthest on
+        self.denoised: Tensor | None = None  # the newest, of the last row of a call
 
     def ratio(self, n: int) -> float:
         """s_n / s_{n+1}, which the start of interval n has in its end."""
@@ -154,7 +154,8 @@ class _Sweeps:
             table = self.tables[step] = self.solver(step, self.sigmas)
             if table.adapt is not None:
                 raise ValueError(f"solver: step {step} adapts to the backbone's features; valid: a solver whose tables do not")
-            check_history(table, self.first[step])
+            before = self.tables.get(step - 1)
+            check_history(table, 0 if before is None else before.history + before.evaluations)
             self.first[step + 1] = self.first[step] + table.evaluations
             self.fresh[step] = fresh_noise(table, step, self.noise, x)
             denoised = x if self.denoised is None or self.init == "copy" else self.denoised

@@ -43,8 +43,13 @@ class Policy(nn.Module):
             segments = torch.diff(self.base.position, prepend=edge, append=edge + 1)
             self.start = {"segments": (concentration * segments).log(), "weight": (concentration * self.base.weight).log()}
             self.scales = {"direction_scale": self.base.direction_scale, "time_scale": self.base.time_scale}
+            self.used = {name: torch.ones_like(value) for name, value in self.scales.items()}
         else:
             self.scales = {"direction_scale": torch.ones_like(self.base.update), "time_scale": self.base.time_scale}
+            # a factor on nothing is drawn, but it is no part of the table: the first step's other points, what never was there
+            used_points = torch.ones_like(self.base.time_scale)
+            used_points[0, 1:] = 0
+            self.used = {"direction_scale": (self.base.update != 0).double(), "time_scale": used_points}
         for name, std in self.scale_std.items():
             self.start[name] = self.scales[name].log() - std**2 / 2  # so that the log-normal's mean is the base's
         if not self.start:
@@ -70,13 +75,25 @@ class Policy(nn.Module):
 
     def log_prob(self, draw: Draw) -> Tensor:
         """Log-density of each table, summed over its parts and intervals, (B,)."""
-        parts = [distribution.log_prob(draw[name]) for name, distribution in self.distributions().items()]
-        return torch.stack(parts).sum((0, -1))
+        total = torch.zeros((), dtype=torch.float64)
+        for name, distribution in self.distributions().items():
+            if name in self.used:
+                each = distribution.base_dist.log_prob(draw[name]) * self.used[name]  # type: ignore[attr-defined]
+                total = total + each.sum((-2, -1))
+            else:
+                total = total + distribution.log_prob(draw[name]).sum(-1)
+        return total
 
     def kl(self) -> Tensor:
         """KL(policy || policy at the start), summed over parts and intervals, ()."""
-        base = self._distributions(list(self.start.values()))
-        return torch.stack([kl_divergence(p, base[name]).sum() for name, p in self.distributions().items()]).sum()
+        base, total = self._distributions(list(self.start.values())), torch.zeros((), dtype=torch.float64)
+        for name, p in self.distributions().items():
+            if name in self.used:
+                each = kl_divergence(p.base_dist, base[name].base_dist) * self.used[name]  # type: ignore[attr-defined]
+            else:
+                each = kl_divergence(p, base[name])
+            total = total + each.sum()
+        return total
 
     def table(self, draw: Draw) -> EPDTable | MultistepTable:
         """The drawn tables: those of the draw's parts that it lacks are the base's."""

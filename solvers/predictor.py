@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -53,7 +55,11 @@ class Predictor:
 
 
 def save_predictor(predictor: Predictor, folder: Path) -> None:
-    """Write the two files of a predictor into an existing folder; the same predictor gives the same bytes."""
+    """Write the two files of a predictor into an existing folder; the same predictor gives the same bytes.
+
+    Raises:
+        ValueError: the predictor is not what `load_predictor` would read.
+    """
     family, settings, tensors = _taken_apart(predictor.table)
     data = save({name: value.detach().contiguous() for name, value in tensors.items()})
     record = {
@@ -71,6 +77,7 @@ def save_predictor(predictor: Predictor, folder: Path) -> None:
     }
     (folder / TENSORS).write_bytes(data)
     (folder / RECORD).write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
+    load_predictor(folder)  # whatever is written can be read
 
 
 def load_predictor(folder: Path | str) -> Predictor:
@@ -92,7 +99,11 @@ def load_predictor(folder: Path | str) -> Predictor:
     numbers = all(type(sigma) is float for sigma in record["sigmas"])
     _require(numbers, folder / RECORD, f"sigmas: {record['sigmas']}", "a list of floating-point numbers")
     sigmas = torch.tensor(record["sigmas"], dtype=torch.float64)
-    check_grid(sigmas)
+    try:
+        check_grid(sigmas)
+    except ValueError as error:
+        raise ValueError(f"{folder / RECORD}: {error}") from error
+    _require(bool(sigmas[-1] > 0), folder / RECORD, f"sigmas: {record['sigmas']}", "positive noise levels")
     _require(len(sigmas) == record["num_steps"], folder / RECORD, f"{len(sigmas)} sigmas", f"{record['num_steps']}")
     for name, value in tensors.items():
         place = folder / TENSORS / name
@@ -153,12 +164,17 @@ def _epd(record: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> EP
 
 def _multistep(record: dict[str, Any], tensors: dict[str, Tensor], sigmas: Tensor, folder: Path) -> MultistepTable:
     steps, points, form = record["num_steps"] - 1, record["num_points"], record["settings"]["form"]
-    width = tensors["update"].shape[-1] if tensors.get("update", torch.empty(0)).ndim == 2 else 0
-    width -= width % points
+    _require(
+        sorted(tensors) == sorted(MULTISTEP_TENSORS), folder / TENSORS, f"tensors {sorted(tensors)}", f"{MULTISTEP_TENSORS}"
+    )
+    found = tuple(tensors["update"].shape)
+    whole = len(found) == 2 and found[1] >= points and found[1] % points == 0
+    _require(whole, folder / TENSORS / "update", f"shape {found}", f"({steps}, W) with W a multiple of num_points, {points}")
+    width = found[1]
     shapes = {
         "nodes": (steps, points),
-        "stage": (steps, points, max(width, points)),
-        "update": (steps, max(width, points)),
+        "stage": (steps, points, width),
+        "update": (steps, width),
         "time_scale": (steps, points),
     }
     _require_shapes(tensors, shapes, folder)
@@ -167,24 +183,36 @@ def _multistep(record: dict[str, Any], tensors: dict[str, Tensor], sigmas: Tenso
     table = MultistepTable(form, **tensors)
     main = torch.allclose(table.nodes[:, 0], sigmas[:-1], rtol=1e-12)
     _require(main, folder / TENSORS / "nodes", f"first points {table.nodes[:, 0].tolist()}", "the record's sigmas but the last")
+    inside = bool(((table.nodes >= sigmas[-1] * (1 - 1e-9)) & (table.nodes <= sigmas[0] * (1 + 1e-9))).all())
+    _require(inside, folder / TENSORS / "nodes", f"{table.nodes.tolist()}", "noise levels within the record's sigmas")
     explicit = not bool(table.stage[:, 0].any()) and not bool(table.stage[..., -points:].any())
     _require(explicit, folder / TENSORS / "stage", "coefficients of the main point or of the step's own outputs", "0 there")
     return table
 
 
 def _amed(record: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> AMED:
-    table = AMED(record["num_steps"], **record["settings"])
     _require(record["num_points"] == 1, folder / RECORD, f"num_points: {record['num_points']}", "1 for amed")
+    features = record["settings"]["features"]
+    _require(features > 0, folder / RECORD, f"settings.features: {features}", "1 or more")
+    try:
+        with torch.device("meta"):  # shapes alone, however large the record says they are
+            table = AMED(record["num_steps"], **record["settings"])
+    except ValueError as error:
+        raise ValueError(f"{folder / RECORD}: settings.{error}") from error
     _require_shapes(tensors, {name: tuple(value.shape) for name, value in table.state_dict().items()}, folder)
-    table.load_state_dict(tensors)
+    table.load_state_dict(tensors, assign=True)
     return table.requires_grad_(False)
 
 
 def _require_shapes(tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], folder: Path) -> None:
-    _require(sorted(tensors) == sorted(shapes), folder / TENSORS, f"tensors {sorted(tensors)}", f"{sorted(shapes)}")
+    _require_names(tensors, shapes, folder)
     for name, shape in shapes.items():
         found = tuple(tensors[name].shape)
         _require(found == shape, folder / TENSORS / name, f"shape {found}", f"{shape}, as its record says")
+
+
+def _require_names(tensors: dict[str, Tensor], names: Iterable[str], folder: Path) -> None:
+    _require(sorted(tensors) == sorted(names), folder / TENSORS, f"tensors {sorted(tensors)}", f"{sorted(names)}")
 
 
 def _require_positive(tensors: dict[str, Tensor], names: tuple[str, ...], folder: Path) -> None:
@@ -221,6 +249,14 @@ def _read_record(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not JSON ({error}); valid: a predictor's record") from error
     _require(isinstance(record, dict), path, type(record).__name__, "an object")
     _require_types(record, RECORD_TYPES, path)
+    for key, least in (("num_steps", 2), ("num_points", 1), ("guidance_scale", 0)):
+        found = record[key]
+        _require(math.isfinite(found) and found >= least, path, f"{key}: {found}", f"{least} or more, finite")
+    for key in ("name", "sha256"):
+        found = record["backbone"].get(key)
+        _require(
+            isinstance(found, str), path, f"backbone.{key}: {found!r}", "the frozen model's name, and sha256 of its weights"
+        )
     version, family = record["format_version"], record["family"]
     _require(version == FORMAT_VERSION, path, f"format_version {version}", f"{FORMAT_VERSION}")
     _require(family in SETTINGS, path, f"family {family!r}", ", ".join(SETTINGS))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 def polynomial(num_steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Tensor:
     """Uniform in sigma^(1/rho) (Karras et al. 2022, EDM, equation 5)."""
-    u = _uniform(num_steps, sigma_min, sigma_max)
+    u = _uniform(num_steps, sigma_min, sigma_max, rho=rho)
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
     return _exact_ends((high + u * (low - high)) ** rho, sigma_min, sigma_max)
 
@@ -28,9 +28,10 @@ def time_uniform(num_steps: int, sigma_min: float, sigma_max: float, rho: float 
     """Uniform in tau^(1/rho), where tau is the time of the variance-preserving process with linear beta (Song et al. 2021).
 
     sigma(tau)^2 = exp(beta_d tau^2 / 2 + beta_min tau) - 1, with beta_d and beta_min such that sigma(1) = sigma_max and
-    sigma(0.001) = sigma_min. The inverse is `variance_preserving_time`.
+    sigma(0.001) = sigma_min. Ends too near to each other have no such process that falls all the way: for sigma_max 1,
+    sigma_min has to be at most 0.026. The inverse is `variance_preserving_time`.
     """
-    u = _uniform(num_steps, sigma_min, sigma_max)
+    u = _uniform(num_steps, sigma_min, sigma_max, rho=rho)
     beta_d, beta_min = _betas(sigma_min, sigma_max)
     tau = (1 + u * (FIRST_TIME ** (1 / rho) - 1)) ** rho
     return _exact_ends(torch.expm1(beta_d / 2 * tau**2 + beta_min * tau).sqrt(), sigma_min, sigma_max)
@@ -52,7 +53,7 @@ def discrete(num_steps: int, sigma_min: float, sigma_max: float, table: Tensor, 
             (i + 1) / T.
         rho: 1 spaces the nodes evenly in t, as EPD-Solver does for Stable Diffusion.
     """
-    u = _uniform(num_steps, sigma_min, sigma_max)
+    u = _uniform(num_steps, sigma_min, sigma_max, rho=rho)
     ends = torch.tensor([sigma_max, sigma_min], dtype=torch.float64)
     high, low = (discrete_time(ends, table) ** (1 / rho)).tolist()
     return _exact_ends(discrete_sigma((high + u * (low - high)) ** rho, table), sigma_min, sigma_max)
@@ -83,9 +84,9 @@ def flowmatch(num_steps: int, sigma_min: float, sigma_max: float = 1.0, shift: f
     SD3 has shift 3 and sigma_min 3 / 1002 (s = 0.001), FLUX `dynamic_shift`. Diffusers' FlowMatchEulerDiscreteScheduler has the
     same nodes, a 0 after them, and sigma_min shifted twice where the shift is static.
     """
-    u = _uniform(num_steps, sigma_min, sigma_max)
-    if sigma_max > 1 or shift <= 0:
-        raise ValueError(f"sigma_max, shift: {sigma_max}, {shift}; valid: sigma_max at most 1, the flow's noise; shift > 0")
+    u = _uniform(num_steps, sigma_min, sigma_max, shift=shift)
+    if sigma_max > 1:
+        raise ValueError(f"sigma_max: {sigma_max}; valid: at most 1, the flow's noise")
     low, high = (sigma / (shift - (shift - 1) * sigma) for sigma in (sigma_min, sigma_max))
     s = high + u * (low - high)
     return _exact_ends(shift * s / (1 + (shift - 1) * s), sigma_min, sigma_max)
@@ -118,15 +119,24 @@ def _interpolate(x: Tensor, known: Tensor, values: Tensor) -> Tensor:
     return torch.lerp(values[right - 1], values[right], share)
 
 
-def _uniform(num_steps: int, sigma_min: float, sigma_max: float) -> Tensor:
-    if num_steps < 2:
-        raise ValueError(f"num_steps: {num_steps}; valid: 2 or more (it counts nodes: num_steps - 1 intervals)")
+def _uniform(num_steps: int, sigma_min: float, sigma_max: float, **positive: float) -> Tensor:
+    """The nodes 0 to 1; raises ValueError where an argument is out of its range, those named too."""
+    if not isinstance(num_steps, int) or num_steps < 2:
+        raise ValueError(f"num_steps: {num_steps}; valid: 2 or more, whole (it counts nodes: num_steps - 1 intervals)")
     if not 0 < sigma_min < sigma_max < math.inf:
         raise ValueError(f"sigma_min, sigma_max: {sigma_min}, {sigma_max}; valid: 0 < sigma_min < sigma_max")
+    for name, value in positive.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name}: {value}; valid: {name} > 0, finite")
     return torch.linspace(0, 1, num_steps, dtype=torch.float64)
 
 
 def _exact_ends(sigmas: Tensor, sigma_min: float, sigma_max: float) -> Tensor:
-    """The same grid without the rounding at its ends."""
+    """The same grid without the rounding at its ends; raises ValueError where it does not fall strictly."""
     sigmas[0], sigmas[-1] = sigma_max, sigma_min
+    if not bool((sigmas.diff() < 0).all()):
+        found = f"{sigma_min}, {sigma_max} give {sigmas.tolist()[:8]}"
+        raise ValueError(
+            f"sigma_min, sigma_max: {found}; valid: ends between which this schedule falls, further from each other"
+        )
     return sigmas

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -41,7 +41,8 @@ class StepTable:
             gave with it, (B, F), or from None where evaluation 0 is analytic. Evaluation 0 itself stays.
 
     Raises:
-        ValueError: the shapes do not fit together, or the noise is more than sigma_next holds.
+        ValueError: the shapes do not fit together; a row uses an output that is not there yet; a node, where the network is
+            evaluated and d = (y - D) / sigma is taken, is not positive; the noise is more than sigma_next holds.
     """
 
     sigma: Tensor
@@ -62,8 +63,34 @@ class StepTable:
                 f"{name} {tuple(getattr(self, name).shape)}" for name in ("nodes", "stage", "update", "time_scale")
             )
             raise ValueError(f"table: {shapes}; valid: nodes (E), stage (E, H + E), update (H + E), time_scale (E)")
+        self._check_batch_and_order()
         if self.noise and not 0 < self.noise < self.sigma_next:
             raise ValueError(f"noise: {self.noise}; valid: at least 0, less than sigma_next, {self.sigma_next.item()}")
+
+    def _check_batch_and_order(self) -> None:
+        """Raise ValueError unless batches agree, rows use earlier outputs alone, and the network is shown positive levels."""
+        if self.form not in get_args(Form):
+            raise ValueError(f"form: {self.form!r}; valid: {', '.join(get_args(Form))}")
+        batches = {tuple(part.shape[:-own]) for part, own in self._parts() if part.ndim > own}
+        if len(batches) > 1 or any(len(batch) > 1 for batch in batches):
+            raise ValueError(f"table: batches {sorted(batches)}; valid: none, or (B,) for all parts that have one")
+        if not self.evaluations:
+            return
+        lowest = self.nodes.detach().min().item()
+        if not lowest > 0:
+            here = f"in the step from sigma {self.sigma.item()} to {self.sigma_next.item()}"
+            raise ValueError(f"sigmas: the network is evaluated at {lowest} {here}; valid: positive noise levels")
+        if bool(self.stage.detach()[..., self.history :].triu().any()):
+            raise ValueError(f"stage: {self.stage.tolist()}; valid: rows without outputs of their own evaluation or later ones")
+
+    @property
+    def batch(self) -> int | None:
+        """B where each image has a table of its own, else None."""
+        return next((len(part) for part, own in self._parts() if part.ndim > own), None)
+
+    def _parts(self) -> list[tuple[Tensor, int]]:
+        """The tensors of coefficients, with their dimensions without a batch."""
+        return [(self.nodes, 1), (self.stage, 2), (self.update, 1), (self.time_scale, 1)]
 
     @property
     def evaluations(self) -> int:
@@ -139,8 +166,7 @@ def constant_table(
     """The table of a classical solver, from plain numbers; arguments as the attributes of `StepTable`.
 
     Raises:
-        ValueError: the update's coefficients do not sum to 1; a stage's neither do nor are all 0 (the state x itself); a node,
-            where the network is evaluated and d = (y - D) / sigma is taken, is not positive.
+        ValueError: as `StepTable`; the update's coefficients do not sum to 1; a stage's neither do nor are all 0 (the state x).
     """
     here = f"in the step from sigma {sigma} to {sigma_next}"
     if abs(sum(update) - 1) > 1e-9:
@@ -148,8 +174,6 @@ def constant_table(
     for row in stage:
         if any(row) and abs(sum(row) - 1) > 1e-9:
             raise ValueError(f"stage: {list(row)} {here}, sum {sum(row)}; valid: coefficients that sum to 1, or all 0")
-    if not all(node > 0 for node in nodes):
-        raise ValueError(f"sigmas: the network is evaluated at {min(nodes)} {here}; valid: positive noise levels")
     table = StepTable(
         sigma=torch.tensor(sigma, dtype=torch.float64),
         sigma_next=torch.tensor(sigma_next, dtype=torch.float64),

@@ -1,5 +1,6 @@
 """What params.yaml may say. It is composed from conf/, where every knob is explained; here stand types and ranges."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -144,6 +145,12 @@ class S4SAlt(Learning):
     grid_learning_rate: Positive
     loss: Literal["end", "features"]
 
+    @model_validator(mode="after")
+    def _has_turns_of_an_iteration_or_more(self) -> "S4SAlt":
+        if 2 * self.rounds > self.iterations:
+            raise ValueError(f"rounds: found {self.rounds}; valid: at most half the iterations, {self.iterations // 2}")
+        return self
+
 
 class ParallelMultistep(Learning):
     family: Literal["parallel_multistep"]
@@ -239,6 +246,20 @@ class Params(Section):
                 raise ValueError(
                     f"samplers.{name}: {sampler.solver} makes {per_step} evaluations per step, with afs {sampler.afs} never "
                     f"the learned table's {budget}; valid: another afs, null for what fits, or a num_steps of its own"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _has_steps_for_its_history(self) -> "Params":
+        if isinstance(self.distill, S4S | S4SAlt | ParallelMultistep):
+            steps, needed = self.num_steps - 1, max(1, int(re.sub(r"\D", "", self.distill.start)) - 1)
+            if not needed <= self.distill.history <= steps:
+                valid = f"{needed}, for {self.distill.start}, to {steps}, the steps of num_steps {self.num_steps}"
+                raise ValueError(f"distill.history: found {self.distill.history}; valid: {valid}")
+            if not self.rdpo.direction_std and not self.rdpo.time_std:
+                raise ValueError(
+                    "rdpo.direction_std, rdpo.time_std: found 0; valid: one above 0, or there is nothing to draw of "
+                    f"{self.distill.family}"
                 )
         return self
 

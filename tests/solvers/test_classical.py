@@ -32,6 +32,7 @@ from solvers import (
     trajectory,
     unipc,
 )  # fmt: skip
+from solvers.schedules import variance_preserving_time
 
 ORDERS = {
     "euler": 1, "heun": 2, "midpoint": 2, "rk4": 4, "dpm_solver_2": 2, "ddpm": 1,
@@ -190,6 +191,7 @@ def test_interpolating_methods_are_exact_for_what_they_interpolate(order: int) -
     step = 5
     variables: list[tuple[Solver, Callable[[Tensor], Tensor]]] = [
         (adams_bashforth(order), lambda sigma: sigma),
+        (deis(order), lambda sigma: variance_preserving_time(sigma, 0.002, 80.0)),
         (deis(order, "log_sigma"), torch.log),
     ]
     for solver, variable in variables:

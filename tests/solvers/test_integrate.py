@@ -1,13 +1,28 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from backends import Gaussian
-from solvers import AFS, EPD, SOLVERS, Counter, EPDTable, Guided, StepTable, depth, euler, integrate, logsnr, polynomial
+from solvers import (
+    AFS,
+    EPD,
+    SOLVERS,
+    Counter,
+    EPDTable,
+    Guided,
+    StepTable,
+    advance,
+    depth,
+    euler,
+    integrate,
+    logsnr,
+    polynomial,
+)
 
 
 @pytest.mark.parametrize("name", SOLVERS)
@@ -162,16 +177,28 @@ def test_a_bad_grid_is_refused(sigmas: Tensor, message: str, mixture: Gaussian, 
         integrate(mixture.denoiser([]), euler, start, sigmas)
 
 
-@pytest.mark.parametrize("x", [torch.ones(2, 3).long(), torch.tensor(1.0), torch.ones(3), torch.ones(0, 3)])
+@pytest.mark.parametrize(
+    "x",
+    [torch.ones(2, 3).long(), torch.tensor(1.0), torch.ones(3), torch.ones(0, 3), torch.ones(2, 3).half()],
+)
 def test_a_bad_state_is_refused(x: Tensor, mixture: Gaussian) -> None:
-    with pytest.raises(ValueError, match=r"x: torch\..*, shape .*; valid: floating-point, \(B, ...\)"):
+    with pytest.raises(ValueError, match=r"x: torch\..*, shape .*; valid: float32 or float64 .*, \(B, ...\)"):
         integrate(mixture.denoiser([]), euler, x, polynomial(3, 0.1, 1.0))
+
+
+def test_a_state_that_is_no_tensor_or_not_finite_is_refused(mixture: Gaussian, start: Tensor) -> None:
+    sigmas = polynomial(3, 0.1, 1.0)
+    with pytest.raises(ValueError, match="x: ndarray; valid: a tensor"):
+        integrate(mixture.denoiser([]), euler, start.numpy(), sigmas)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="x: numbers that are not finite; valid: sigmas"):
+        integrate(mixture.denoiser([]), euler, start * math.nan, sigmas)
 
 
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
         (lambda x: x[:1], r"denoise: returned \(1, 1, 2, 2\).*; valid: \(8, 1, 2, 2\), torch.float64, on cpu"),
+        (lambda x: None, r"denoise: returned NoneType; valid: a tensor of shape \(8, 1, 2, 2\)"),
         (lambda x: x.float(), "denoise: returned .*torch.float32.*; valid: .*torch.float64"),
         (lambda x: x.to("meta"), "denoise: returned .*on meta; valid: .*on cpu"),
     ],
@@ -209,12 +236,62 @@ def test_a_table_of_shapes_that_do_not_fit_is_refused(changed: dict[str, Tensor]
         replace(euler(0, polynomial(3, 0.1, 1.0)), **changed)
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"form": "x0"}, "form: 'x0'; valid: noise, data"),
+        (
+            {"nodes": torch.tensor([1.0, -0.5]).double()},
+            "sigmas: the network is evaluated at -0.5 in the step from",
+        ),
+        (
+            {"nodes": torch.tensor([1.0, 0.0]).double()},
+            r"sigmas: .* at 0.0 .*; valid: positive noise levels",
+        ),
+        ({"stage": torch.tensor([[0.0, 0.0], [0.0, 1.0]]).double()}, "stage: .*; valid: rows without outputs of their own"),
+        ({"stage": torch.tensor([[0.0, 1.0], [1.0, 0.0]]).double()}, "stage: .*; valid: rows without outputs of their own"),
+        ({"nodes": torch.ones(3, 2), "update": torch.ones(4, 2)}, r"table: batches \[\(3,\), \(4,\)\]; valid: none, or \(B,\)"),
+        ({"nodes": torch.ones(3, 4, 2)}, r"table: batches \[\(3, 4\)\]; valid: none, or \(B,\)"),
+    ],
+)
+def test_a_table_that_says_nonsense_is_refused(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(SOLVERS["heun"](0, polynomial(3, 0.1, 1.0)), **changed)
+
+
+def test_a_table_for_other_images_is_refused(mixture: Gaussian, start: Tensor) -> None:
+    with pytest.raises(ValueError, match="table: of 3 images; valid: one table for all, or one for each of the 8 of x"):
+        integrate(mixture.denoiser([]), random_table(2, 4, batch=(3,)), 80 * start, polynomial(4, 0.002, 80.0))
+
+
+@pytest.mark.parametrize("weight", [torch.ones(3, 1), torch.ones(1, 2), torch.ones(2)])
+def test_an_epd_table_of_other_shapes_is_refused(weight: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"position, weight, direction_scale, time_scale: .*; valid: one shape, \(N, K\)"):
+        replace(random_table(2, 4), weight=weight)
+
+
+def test_bad_settings_of_epd_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"scale_time: 2.0; valid: at least 0, below 1"):
+        EPD(4, 2, scale_dir=0.0, scale_time=2.0)
+    with pytest.raises(ValueError, match="num_steps, num_points: 4, 0; valid: 2 nodes or more, 1 point or more"):
+        EPD(4, 0, scale_dir=0.0, scale_time=0.0)
+    with pytest.raises(ValueError, match="max_order: 9; valid: 1 to 4"):
+        EPD(4, 2, scale_dir=0.0, scale_time=0.0, max_order=9).table()
+
+
+def test_guidance_of_other_conditions_is_refused(mixture: Gaussian, start: Tensor) -> None:
+    with pytest.raises(ValueError, match="x: 8 rows; valid: a multiple of the 5 conditions"):
+        Guided(mixture.denoiser([]), 2.0, batch=5)(start, torch.ones(8).double())
+
+
 def test_ancestral_noise_must_be_given_and_fit(mixture: Gaussian, start: Tensor) -> None:
     sigmas = polynomial(3, 0.1, 1.0)
     with pytest.raises(ValueError, match="noise: None, and step 0 is ancestral; valid: a function"):
         integrate(mixture.denoiser([]), SOLVERS["ddpm"], start, sigmas)
     with pytest.raises(ValueError, match=r"noise: shape \(1, 1, 2, 2\) at step 0; valid: \(8, 1, 2, 2\)"):
         integrate(mixture.denoiser([]), SOLVERS["ddpm"], start, sigmas, lambda _: start[:1])
+    with pytest.raises(ValueError, match=r"fresh: None, and the step adds noise .*; valid: unit noise"):
+        advance(mixture.denoiser([]), SOLVERS["ddpm"](0, sigmas), start, ())
     with pytest.raises(ValueError, match=r"noise: 2.0; valid: at least 0, less than sigma_next"):
         replace(euler(0, sigmas), noise=2.0)
 

@@ -154,6 +154,54 @@ def test_a_multistep_table_refuses_another_grid(mixture: Gaussian, start: Tensor
         integrate(mixture.denoiser([]), table, start, polynomial(5, 0.1, 1.0))
 
 
+def test_a_multistep_table_refuses_other_noise_levels(mixture: Gaussian, start: Tensor) -> None:
+    table = Multistep(SOLVERS["ipndm_2"], SIGMAS, 1, 1, 0.0).table()
+    with pytest.raises(ValueError, match=r"sigmas: .* at node 1; valid: .*, the grid that the table was made for"):
+        integrate(mixture.denoiser([]), table, start, polynomial(7, 0.002, 80.0))
+
+
+@pytest.mark.parametrize(
+    ("sigmas", "points", "history", "message"),
+    [
+        (torch.tensor([20.0, 5.0, 0.0]).double(), 2, 1, "sigmas: 0 at the end; valid: a positive noise level"),
+        (torch.tensor([1.0, 5.0, 20.0]).double(), 2, 1, "sigmas: .*; valid: positive and strictly decreasing"),
+        (SIGMAS, 0, 1, "num_points, history: 0, 1; valid: 1 or more; 1 to 6, the steps of the grid"),
+        (SIGMAS, 2, 0, "num_points, history: 2, 0; valid: "),
+        (SIGMAS, 2, 7, "num_points, history: 2, 7; valid: 1 or more; 1 to 6, the steps of the grid"),
+    ],
+)
+def test_bad_settings_of_multistep_are_refused(sigmas: Tensor, points: int, history: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Multistep(SOLVERS["euler"], sigmas, points, history, 0.0)
+
+
+def test_no_learned_table_evaluates_at_0(mixture: Gaussian, start: Tensor) -> None:
+    sigmas = torch.cat([polynomial(4, 0.01, 20.0), torch.zeros(1).double()])
+    for solver in (EPD(5, 2, 0.05, 0.05).table(), AMED(5, 3, 0.05, 0.05)):
+        with pytest.raises(ValueError, match=r"sigmas: .* at 0.0 .* to 0.0; valid: positive noise levels"):
+            integrate(WithFeature(mixture), solver, 20 * start, sigmas)
+
+
+@pytest.mark.parametrize("family", ["epd", "multistep", "amed"])
+def test_learned_families_keep_float32(family: str, mixture: Gaussian, start: Tensor) -> None:
+    class Single(WithFeature):
+        def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+            assert x.dtype == sigma.dtype == torch.float32
+            return self.denoise(x.double(), sigma.double()).float()
+
+    torch.manual_seed(0)
+    solver = {
+        "epd": epd_table(2, 7),
+        "multistep": Multistep(SOLVERS["ipndm_2"], SIGMAS, 2, 2, 0.2),
+        "amed": AMED(7, 3, 0.1, 0.1),
+    }[family]
+    with torch.no_grad():
+        found = integrate(Single(mixture), solver, 80 * start.float(), SIGMAS)
+        expected = integrate(WithFeature(mixture), solver, 80 * start, SIGMAS)
+    assert found.dtype == torch.float32
+    assert torch.allclose(found.double(), expected, rtol=1e-3, atol=1e-3)
+
+
 def epd_table(points: int, num_steps: int, max_order: int = 1) -> EPDTable:
     shape = (4, num_steps - 1, points)
     position, weight, direction, time = (
@@ -233,6 +281,16 @@ def test_guidance_doubles_the_rows_of_every_family(mixture: Gaussian, start: Ten
         assert (counter.depth, counter.rows) == (plain.depth, 2 * plain.rows)
 
 
+def test_d_ode_refuses_trajectories_of_another_grid_and_bears_what_never_changes(start: Tensor) -> None:
+    sigmas = polynomial(6, 0.01, 20.0)
+    states = torch.stack([sigma * start for sigma in sigmas], 1)
+    for wrong in (states[:, :5], torch.cat([states, states], 1)):
+        with pytest.raises(ValueError, match=r"states: shape .*; valid: \(B, 6, ...\), one for each node"):
+            fit_d_ode(lambda x, sigma: 0 * x, wrong, sigmas, False)
+    table = fit_d_ode(lambda x, sigma: 0 * x, states, sigmas, False)
+    assert torch.allclose(table.update, torch.tensor([[0.0, 1.0]]).double().expand(5, 2))
+
+
 @pytest.mark.parametrize("afs", [False, True])
 def test_d_ode_is_the_least_squares_fit_step_by_step(afs: bool, mixture: Gaussian, start: Tensor) -> None:
     sigmas = polynomial(6, 0.01, 20.0)
@@ -301,6 +359,13 @@ def test_amed_needs_features_that_fit(mixture: Gaussian, start: Tensor) -> None:
         integrate(mixture.denoiser([]), AMED(5, 3, 0.0, 0.0), start, sigmas)
     with pytest.raises(ValueError, match=r"feature: \(8, 3\); valid: \(B, 4\)"):
         integrate(WithFeature(mixture), AMED(5, 4, 0.0, 0.0), start, sigmas)
+
+    class TooFew(WithFeature):
+        def with_feature(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+            return self(x, sigma), torch.ones(2, 3).double()
+
+    with pytest.raises(ValueError, match=r"denoise: gave a feature of shape \(2, 3\); valid: finite numbers, \(8, F\)"):
+        integrate(TooFew(mixture), AMED(5, 3, 0.0, 0.0), start, sigmas)
     with pytest.raises(ValueError, match="7 nodes; valid: 5"):
         integrate(WithFeature(mixture), AMED(5, 3, 0.0, 0.0), start, SIGMAS)
     with pytest.raises(ValueError, match="adapts to the backbone's features"):
@@ -344,6 +409,21 @@ def test_checkpointed_calls_give_the_same_gradient_from_less_memory(family: str,
         a is b is None or (a is not None and b is not None and torch.equal(a, b)) for a, b in zip(*gradients, strict=True)
     )
     assert kept[1] < 0.9 * kept[0]
+
+
+def test_a_policy_counts_only_what_a_table_has() -> None:
+    """What a draw says of coefficients that are 0, or that the first step has not, changes no probability."""
+    import numpy as np
+
+    base = Multistep(SOLVERS["ipndm_2"], SIGMAS, 2, 2, 0.2).requires_grad_(False).table()
+    policy = Policy(base, 100.0, {"direction_scale": 0.02, "time_scale": 0.01}, 16, 1)
+    draw = policy.draw(np.random.default_rng(0), 4)
+    before = policy.log_prob(draw)
+    draw["direction_scale"] = torch.where(base.update == 0, 1.5, draw["direction_scale"])
+    draw["time_scale"][:, 0, 1] = 1.5
+    assert torch.equal(policy.log_prob(draw), before)
+    draw["direction_scale"][:, 3, 4] *= 1.001
+    assert bool((policy.log_prob(draw) != before).all())
 
 
 def test_a_policy_over_a_multistep_table_draws_around_it(mixture: Gaussian, start: Tensor) -> None:

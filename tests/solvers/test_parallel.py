@@ -16,6 +16,7 @@ from solvers import (
     Counter,
     Noise,
     Solver,
+    StepTable,
     integrate,
     logsnr,
     parallel_integrate,
@@ -159,7 +160,7 @@ def test_a_grid_that_ends_with_0(name: str, mixture: Gaussian, start: Tensor) ->
         ({"intervals": 0}, "intervals: 0; valid: 1 to 12"),
         ({"intervals": 13}, "intervals: 13; valid: 1 to 12, the steps of the grid"),
         ({"sigmas": SIGMAS.flip(0)}, "sigmas: .*; valid: positive and strictly decreasing"),
-        ({"x": torch.ones(3)}, "x: .*; valid: floating-point"),
+        ({"x": torch.ones(3)}, "x: .*; valid: float32 or float64"),
         ({"solver": SOLVERS["ddpm"]}, "noise: None, and step 0 is ancestral"),
     ],
 )
@@ -167,6 +168,17 @@ def test_bad_arguments_are_refused(arguments: dict[str, Any], message: str, mixt
     valid = {"solver": SOLVERS["euler"], "x": 14 * start, "sigmas": SIGMAS, "window": 4, "tolerance": 0.1}
     with pytest.raises(ValueError, match=message):
         parallel_integrate(mixture.denoiser([]), **(valid | arguments))
+
+
+def test_more_history_than_the_step_before_leaves_is_refused_as_in_the_loop(mixture: Gaussian, start: Tensor) -> None:
+    def abrupt(step: int, sigmas: Tensor) -> StepTable:
+        return SOLVERS["euler" if step < 3 else "ipndm_3"](step, sigmas)
+
+    message = "table: looks back on 2 outputs; valid: at most the 1 that there are"
+    with pytest.raises(ValueError, match=message):
+        integrate(mixture.denoiser([]), abrupt, 14 * start, SIGMAS)
+    with pytest.raises(ValueError, match=message):
+        parallel_integrate(mixture.denoiser([]), abrupt, 14 * start, SIGMAS, 4, 0.0)
 
 
 def test_nan_stops_it(start: Tensor) -> None:

@@ -2,6 +2,7 @@ import hashlib
 import json
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -89,8 +90,15 @@ def test_round_trip_of_every_family(make: Callable[[], Predictor], tmp_path: Pat
 @pytest.mark.parametrize(
     ("make", "name", "change", "message"),
     [
-        (multistep, "update", lambda c: c[:, :3].contiguous(), r"stage: shape \(5, 2, 6\); valid: \(5, 2, 2\)"),
+        (multistep, "update", lambda c: c[:, :3].contiguous(), r"update: shape \(5, 3\); valid: \(5, W\) with W a multiple of"),
         (multistep, "stage", lambda c: c + 1, "stage: coefficients of the main point or of the step's own outputs; valid: 0"),
+        (multistep, "update", lambda c: c[0].contiguous(), r"update: shape \(6,\); valid: \(5, W\)"),
+        (
+            multistep,
+            "nodes",
+            lambda s: torch.cat([s[:, :1], s[:, 1:] + 500], 1),
+            "nodes: .*; valid: noise levels within",
+        ),
         (multistep, "nodes", lambda s: -s, "nodes: .*; valid: positive numbers"),
         (multistep, "nodes", lambda s: 2 * s, "nodes: first points .*; valid: the record's sigmas but the last"),
         (multistep, "update", lambda c: None, "tensors .*; valid: .*update"),
@@ -106,6 +114,29 @@ def test_a_damaged_folder_of_any_family_is_refused(
     edit_tensor(name, change)(tmp_path)
     with pytest.raises(ValueError, match=message):
         load_predictor(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"features": -1, "scale_dir": 0.0, "scale_time": 0.0}, "settings.features: -1; valid: 1 or more"),
+        ({"features": 10**13, "scale_dir": 0.0, "scale_time": 0.0}, r"bottleneck.0.weight: shape \(128, 4\); valid: \(128, 10"),
+        ({"features": 4, "scale_dir": float("nan"), "scale_time": 0.0}, "settings.scale_dir: nan; valid: at least 0, below 1"),
+        ({"features": 4, "scale_dir": 0.0, "scale_time": 7.0}, "settings.scale_time: 7.0; valid: at least 0, below 1"),
+    ],
+)
+def test_bad_settings_of_amed_are_refused_before_anything_is_built(
+    settings: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    save_predictor(amed(), tmp_path)
+    edit_record(settings=settings)(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        load_predictor(tmp_path)
+
+
+def test_what_could_not_be_read_is_not_written_silently(predictor: Predictor, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"4 sigmas; valid: 5|5 sigmas; valid: 4"):
+        save_predictor(replace(predictor, sigmas=polynomial(5, 0.002, 80.0)), tmp_path)
 
 
 def test_the_same_predictor_gives_the_same_bytes(predictor: Predictor, folder: Path) -> None:
@@ -157,6 +188,11 @@ def tamper(folder: Path) -> None:
         (edit_record(settings={}), r"settings: keys \[\]; valid: \['max_order'\]"),
         (edit_record(settings={"max_order": 7}), r"settings.max_order: 7; valid: 1 to 4"),
         (edit_record(settings={"max_order": True}), "max_order: True; valid: max_order of type int"),
+        (edit_record(num_points=0), "num_points: 0; valid: 1 or more"),
+        (edit_record(guidance_scale=-5.0), "guidance_scale: -5.0; valid: 0 or more, finite"),
+        (edit_record(guidance_scale=float("nan")), "guidance_scale: nan; valid: 0 or more, finite"),
+        (edit_record(backbone={}), "backbone.name: None; valid: "),
+        (edit_record(sigmas=[80.0, 9.0, 1.0, 0.0]), "predictor.json: sigmas: .*; valid: positive noise levels"),
         (edit_record(num_steps="4"), "num_steps: '4'; valid: num_steps of type int"),
         (edit_record(afs=None), "keys .*; valid: .*afs"),
         (edit_record(surprise=1), "keys .*surprise"),

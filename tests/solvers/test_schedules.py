@@ -95,10 +95,29 @@ def test_flowmatch_has_diffusers_nodes() -> None:
 
 
 def test_flowmatch_refuses_more_than_the_flow_has() -> None:
-    with pytest.raises(ValueError, match=r"sigma_max, shift: 80.0, 1.0; valid: sigma_max at most 1"):
+    with pytest.raises(ValueError, match=r"sigma_max: 80.0; valid: at most 1"):
         flowmatch(4, 0.002, 80.0)
-    with pytest.raises(ValueError, match=r"shift: 1.0, 0.0; valid: .*shift > 0"):
+    with pytest.raises(ValueError, match=r"shift: 0.0; valid: shift > 0, finite"):
         flowmatch(4, 0.002, shift=0.0)
+
+
+def test_time_uniform_refuses_ends_that_it_does_not_fall_between() -> None:
+    assert bool((time_uniform(6, 0.02, 1.0).diff() < 0).all())
+    for low, high in ((0.05, 1.0), (0.1, 1.0), (0.5, 14.0)):
+        with pytest.raises(ValueError, match=rf"sigma_min, sigma_max: {low}, {high} give .*; valid: ends between which"):
+            time_uniform(6, low, high)
+
+
+@pytest.mark.parametrize("rho", [0.0, -1.0, math.nan, math.inf])
+def test_a_bad_rho_is_refused(rho: float) -> None:
+    for schedule in (polynomial, time_uniform, partial(discrete, table=TABLE)):
+        with pytest.raises(ValueError, match=rf"rho: {rho}; valid: rho > 0, finite"):
+            schedule(4, 0.05, 14.0, rho=rho)
+
+
+def test_num_steps_is_whole() -> None:
+    with pytest.raises(ValueError, match=r"num_steps: 4.0; valid: 2 or more, whole \(it counts nodes"):
+        polynomial(4.0, 0.05, 14.0)  # type: ignore[arg-type]
 
 
 SCHEDULES: dict[str, Callable[[int, float, float], Tensor]] = {
