@@ -7,11 +7,13 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_example_prints_what_it_says(upstream: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_examples_print_what_they_say(upstream: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """On the small pipeline's files: the shapes and the costs are those of the real one."""
-    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    exec(compile(example, "README.md", "exec"), {})
-    assert capsys.readouterr().out.strip() == example.strip().splitlines()[-1].split("# ")[-1]
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(examples) == 2
+    for example in examples:
+        exec(compile(example, "README.md", "exec"), {})
+        assert capsys.readouterr().out.strip() == example.strip().splitlines()[-1].split("# ")[-1]
 
 
 def test_the_table_is_the_committed_report() -> None:
