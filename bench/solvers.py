@@ -310,12 +310,11 @@ def page(rows: list[Row]) -> str:
 
 `python bench/solvers.py`, after `make run`; {hardware}, {datetime.date.today()}.
 
-Test samples: n = {TEST}, the same noise and prompts for every solver; ± is half a 95 % interval, of RMSE and FD by
-{RESAMPLES} resamples. Schedule and AFS of each classical solver, the schedule of each learned one and the iteration of its
-training are chosen by the RMSE on {VALIDATION} samples of validation noise. Schedules: {", ".join(SCHEDULES)}; for what is
-learned by gradient descent {" and ".join(FIXED_GRIDS)}, by {PILOT} iterations on each, or, with a grid of its own,
-time_uniform 2 to start from.
-Learned from {TRAIN} trajectories with one seed and the settings of conf/family.
+Test samples: n = {TEST}, the same noise and prompts for every solver; ± is half a 95 % interval, of RMSE and FD by {RESAMPLES}
+resamples. Schedule and AFS of each classical solver, the schedule of each learned one and the iteration of its training are
+chosen by the RMSE on {VALIDATION} samples of validation noise. Schedules: {", ".join(SCHEDULES)};
+for what is learned by gradient descent {" and ".join(FIXED_GRIDS)}, by {PILOT} iterations on each, or, with a grid
+of its own, time_uniform 2 to start from. Learned from {TRAIN} trajectories with one seed and the settings of conf/family.
 
 RMSE: root mean squared difference to 256 steps of Heun's method on the same noise, of states in [-1, 1]. FD: Frechet distance
 in the judge's features, to that reference's images and to the training digits. accuracy: by the judge. serial, total:
@@ -338,7 +337,7 @@ def findings(rows: list[Row]) -> Iterable[str]:
         here = {row.name: row for row in rows if row.budget == budget}
         classical = [row for row in here.values() if not row.learned]
         best = min(classical, key=lambda row: row.test["rmse"])
-        yield f"- {budget} serial evaluations, ratios to the best classical solver there, {best.name} (RMSE) :"
+        yield f"- {budget} serial evaluations, ratios to the best classical solver there, {best.name} (by RMSE):"
         for name in FAMILIES:
             yield f"  - {name}: RMSE {ratio(here[name], best, 'rmse')}, FD to reference {ratio(here[name], best, 'frechet')}"
     yield "- At equal or fewer *total* evaluations than the best classical solver of each row, the best learned one:"
@@ -369,7 +368,7 @@ def picture(rows: list[Row]) -> Figure:
             style = {"marker": "os^vD*"[index // 7 % 6], "linestyle": "-" if name in FAMILIES else ":", "markersize": 5}
             axes.plot([t[key] for t in line], [t["frechet"] for t in line], label=name, color=f"C{index % 10}", **style)
         axes.set(xlabel=f"{key} evaluations", yscale="log", xscale="log")
-        axes.set_xticks(ticks := [3, 5, 7, 9, 14, 24], map(str, ticks))
+        axes.set_xticks(ticks := [3, 5, 7, 9] if key == "serial" else [3, 5, 7, 9, 14, 24], map(str, ticks))
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel(f"Frechet distance to the reference's images (n = {TEST})")
