@@ -77,6 +77,7 @@ FAMILIES: dict[str, tuple[Distill, tuple[str, ...]]] = {
     "parallel multistep, K 2": (family("parallel_multistep"), ("time_uniform 2",)),
     "parallel multistep, K 3": (family("parallel_multistep", "distill.points=3"), ("time_uniform 2",)),
 }
+LEFT_OUT = {(9, "parallel multistep, K 3")}  # the longest training of all
 CLASSICAL = [name for name in SOLVERS if not name.endswith(("_1", "_1m"))] + ["unipc_1", "unipc_bh1_1", "unipc_noise_1"]
 """Without the first-order names that are Euler's method under another."""
 
@@ -249,7 +250,7 @@ def main() -> None:
     all_of("references", [("reference", part) for part in parts])
     pairs = [(budget, name) for budget in BUDGETS for name in CLASSICAL]
     choices = dict(zip(pairs, all_of("classical", [("chosen_classical", pair) for pair in pairs]), strict=True))
-    trained = [(budget, family) for budget in BUDGETS for family in FAMILIES]
+    trained = [(budget, family) for budget in BUDGETS for family in FAMILIES if (budget, family) not in LEFT_OUT]
     choices |= dict(zip(trained, all_of("learned", [("learned", pair) for pair in trained]), strict=True))
     choices = {pair: choice for pair, choice in choices.items() if choice is not None}
     tests = all_of("test", [("tested", (name, choice)) for (_, name), choice in choices.items()])
@@ -338,7 +339,7 @@ def findings(rows: list[Row]) -> Iterable[str]:
         classical = [row for row in here.values() if not row.learned]
         best = min(classical, key=lambda row: row.test["rmse"])
         yield f"- {budget} serial evaluations, ratios to the best classical solver there, {best.name} (by RMSE):"
-        for name in FAMILIES:
+        for name in (name for name in FAMILIES if name in here):
             yield f"  - {name}: RMSE {ratio(here[name], best, 'rmse')}, FD to reference {ratio(here[name], best, 'frechet')}"
     yield "- At equal or fewer *total* evaluations than the best classical solver of each row, the best learned one:"
     for budget in BUDGETS:
