@@ -268,7 +268,7 @@ def main() -> None:
 
 
 def is_tested(pair: tuple[int, str], choices: dict[tuple[int, str], dict[str, Any] | None]) -> bool:
-    """All solvers at 5 evaluations; elsewhere the learned, those of the picture, and the best classical ones on validation noise."""
+    """All solvers at 5 evaluations; elsewhere the learned ones, those of the picture, and the best by validation noise."""
     budget, name = pair
     if budget == 5 or name in SHOWN:
         return True
@@ -324,12 +324,13 @@ def page(rows: list[Row]) -> str:
 
 `python bench/solvers.py`, after `make run`; {hardware}, {datetime.date.today()}.
 
-Test samples: n = {TEST}, the same noise and prompts for every solver; ± is half a 95 % interval, of RMSE and FD by {RESAMPLES}
-resamples. Schedule and AFS of each classical solver, the schedule of each learned one and the iteration of its training are
-chosen by the RMSE on {VALIDATION} samples of validation noise. Schedules: {", ".join(SCHEDULES)};
-for what is learned by gradient descent {" and ".join(FIXED_GRIDS)}, by {PILOT} iterations on each, or, with a grid
-of its own, time_uniform 2 to start from. At 5 evaluations all solvers were run on the test noise, elsewhere those of the picture
-and the {BEST} classical ones that are best on validation noise. Learned from {TRAIN} trajectories with one seed and the settings of conf/family.
+Test samples: n = {TEST}, the same noise and prompts for every solver; ± is half a 95 % interval, of RMSE and FD by
+{RESAMPLES} resamples. Schedule and AFS of each classical solver, the schedule of each learned one and the iteration of its
+training are chosen by the RMSE on {VALIDATION} samples of validation noise. Schedules: {", ".join(SCHEDULES)};
+for what is learned by gradient descent {" and ".join(FIXED_GRIDS)}, by {PILOT} iterations on each, or, with a grid of its own,
+time_uniform 2 to start from. At 5 evaluations all solvers were run on the test noise, elsewhere those of the picture
+and the {BEST} classical ones that are best on validation noise. Learned from {TRAIN} trajectories with one seed
+and the settings of conf/family.
 
 RMSE: root mean squared difference to 256 steps of Heun's method on the same noise, of states in [-1, 1]. FD: Frechet distance
 in the judge's features, to that reference's images and to the training digits. accuracy: by the judge. serial, total:
