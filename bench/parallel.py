@@ -23,7 +23,7 @@ from solvers.parallel import Init
 from stages.files import BACKBONE
 from stages.noise import batches, fresh_noise, noise, prompts
 
-SEED, SAMPLES, BATCH = 0, 256, 32
+SEED, SAMPLES, BATCH = 0, 128, 32
 RUNS = [  # solver, steps, tolerances; the grid is that of the variance-preserving process, uniform in time
     ("ddpm", 1000, (0.5, 0.1)),
     ("euler", 100, (0.1, 0.01)),
