@@ -150,21 +150,13 @@ class Bench:
             name: self._train(short, name, num_steps).chosen["validation_rmse"] for name in schedules[len(schedules) == 1 :]
         }
         schedule = min(pilots, key=lambda name: pilots[name], default=schedules[0])
-        started = time.perf_counter()
         learned = self._train(settings, schedule, num_steps)
-        seconds = time.perf_counter() - started
         folder = self.folder / f"predictor-{budget}-{family}"
         folder.mkdir(exist_ok=True)
         backbone = {"name": "digits", "sha256": sha256(BACKBONE / "unet.safetensors")}
         save_predictor(Predictor(learned.table, learned.sigmas, True, backbone, self.guidance_scale, {}), folder)
-        return {
-            "schedule": schedule,
-            "afs": True,
-            "num_steps": num_steps,
-            "seconds": seconds,
-            "predictor": str(folder),
-            "settings": settings.model_dump(),
-        }
+        where = {"predictor": str(folder), "settings": settings.model_dump()}
+        return {"schedule": schedule, "afs": True, "num_steps": num_steps, **where}
 
     def _train(self, settings: Distill, schedule: str, num_steps: int) -> Learned:
         sigmas, train = self.teacher("train", TRAIN, schedule, num_steps)
@@ -307,13 +299,11 @@ class Row:
             with_error("frechet_digits", 2),
             f"{self.test['accuracy']:.4f} ± {1.96 * self.test['accuracy_se']:.4f}",
             f"{1000 * self.seconds:.2f}",
-            f"{self.choice['seconds']:.0f}" if self.learned else "",
         ]
 
 
 COLUMNS = [
     "solver", "schedule", "AFS", "serial", "total", "RMSE", "FD to reference", "FD to digits", "accuracy", "ms / image",
-    "training s",
 ]  # fmt: skip
 
 
@@ -334,8 +324,7 @@ and the settings of conf/family.
 
 RMSE: root mean squared difference to 256 steps of Heun's method on the same noise, of states in [-1, 1]. FD: Frechet distance
 in the judge's features, to that reference's images and to the training digits. accuracy: by the judge. serial, total:
-evaluations of the network one after the other, and rows per image. ms / image: of a batch of 64, one thread. training s: on one
-thread, with as many trainings at a time as the machine has cores.
+evaluations of the network one after the other, and rows per image. ms / image: of a batch of 64, one thread.
 """
     parts = [head, "## What it shows\n", *findings(rows)]
     for budget in BUDGETS:
