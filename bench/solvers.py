@@ -39,7 +39,7 @@ from stages.distill import Learned, Sampling, closed_form, end_error, learn, new
 from stages.files import BACKBONE, REFS, read_tensors, sha256, write_json, write_tensors
 from stages.grid import grid
 from stages.noise import batches, prompts
-from stages.params import Distill, LogSNR, Polynomial, Schedule, TimeUniform
+from stages.params import Distill, LogSNR, Polynomial, Schedule, TimeUniform, serial_evaluations
 from stages.sample import run
 from stages.teacher import run as teach
 from stages.training import seeded
@@ -143,8 +143,7 @@ class Bench:
     def learned(self, budget: int, family: str) -> dict[str, Any]:
         """Train on the schedule that a short training does best on, by validation error; returns where the predictor is."""
         settings, schedules = FAMILIES[family]
-        doubled = isinstance(settings, params.EPD | params.EPDPlugin | params.AMED)
-        num_steps = (budget + 1) // (1 + doubled) + 1
+        num_steps = next(n for n in range(2, budget + 3) if serial_evaluations(n, True, settings) == budget)
         short = settings if isinstance(settings, params.DODE) else settings.model_copy(update={"iterations": PILOT})
         pilots = {
             name: self._train(short, name, num_steps).chosen["validation_rmse"] for name in schedules[len(schedules) == 1 :]

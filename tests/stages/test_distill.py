@@ -161,8 +161,21 @@ def test_s4s_alt_takes_turns(backend: Gaussian) -> None:
     assert isinstance(student, Multistep)
     turns = [frozen(student, chosen, iteration)[0] is student.update for iteration in range(12)]
     assert turns == [True, True, False, False] * 3
-    learned, *_ = trained(backend, "s4s_alt", iterations=2, rounds=1, validate_every=1)
-    assert learned.curve[1]["iteration"] == 1
+    # one iteration of one round: the grid's turn alone
+    one = chosen.model_copy(update={"iterations": 2, "rounds": 1, "learning_rate": 1.0, "ema_decay": 0.0})
+    sigmas, train = trajectories(backend, 7, 16, seed=0)
+    learning = new_student(one, sigmas, 4)
+    assert isinstance(learning, Multistep)
+    start = {name: value.clone() for name, value in learning.state_dict().items()}
+
+    def broken_after_one(states: Tensor, targets: Tensor) -> Tensor:
+        moved = not torch.equal(learning.grid, start["grid"])
+        return end_error(states, targets) * (torch.nan if moved and states.requires_grad else 1.0)
+
+    with pytest.raises(FloatingPointError, match="iteration 2: loss"):
+        learn(learning, Sampling(backend, 1.0, True, sigmas), train, train, one, broken_after_one, 0)
+    assert not torch.equal(learning.grid, start["grid"])
+    assert torch.equal(learning.update, start["update"])
 
 
 def test_a_relaxed_start_moves_within_its_ball_and_only_for_the_better() -> None:
