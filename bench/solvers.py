@@ -39,7 +39,16 @@ from stages.distill import Learned, Sampling, closed_form, end_error, learn, new
 from stages.files import BACKBONE, REFS, read_tensors, sha256, write_json, write_tensors
 from stages.grid import grid
 from stages.noise import batches, prompts
-from stages.params import Distill, LogSNR, Polynomial, Schedule, TimeUniform, serial_evaluations
+from stages.params import (
+    Classical,
+    Distill,
+    LogSNR,
+    Polynomial,
+    Schedule,
+    TimeUniform,
+    classical_nodes,
+    serial_evaluations,
+)
 from stages.sample import run
 from stages.teacher import run as teach
 from stages.training import seeded
@@ -122,12 +131,11 @@ class Bench:
 
     def chosen_classical(self, budget: int, solver: str) -> dict[str, Any] | None:
         """The schedule and AFS of the least validation error, with that; None where no grid makes so many evaluations."""
-        per_step = params.EVALUATIONS.get(solver, 1)
         grids = [
-            (name, afs, grid(schedule, (budget + afs) // per_step + 1, self.backend.spec))
+            (name, afs, grid(schedule, nodes[0], self.backend.spec))
             for name, schedule in SCHEDULES.items()
             for afs in (False, True)
-            if (budget + afs) % per_step == 0
+            if (nodes := classical_nodes(classical(solver, schedule, afs), budget)) is not None
         ]
         wanted = self.reference("validation", range(VALIDATION))
         found = [
@@ -207,6 +215,12 @@ class Bench:
             run(self.backend, solver, sigmas, self.guidance_scale, SEED, "validation", range(64))
             times.append(time.perf_counter() - started)
         return min(times) / 64
+
+
+def classical(solver: str, schedule: Schedule, afs: bool) -> Classical:
+    """As params.yaml would have it, of as many nodes as make the evaluations."""
+    fields = {"solver": solver, "model": "models/backbone", "schedule": schedule, "afs": afs, "num_steps": None}
+    return Classical.model_validate(fields)
 
 
 def made(solver: str, afs: bool) -> Solver:
