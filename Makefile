@@ -43,7 +43,7 @@ params: install
 	python -m stages.params
 
 lock: install
-	uv pip compile pyproject.toml --group dev --no-emit-package torch --no-header --no-annotate --no-emit-find-links \
+	uv pip compile pyproject.toml --extra pipeline --group dev --no-emit-package torch --no-header --no-annotate --no-emit-find-links \
 		$(if $(PIP_FIND_LINKS),--find-links "$(PIP_FIND_LINKS)") --quiet --output-file requirements.lock
 
 clean:

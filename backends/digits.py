@@ -1,5 +1,6 @@
 """Handwritten 8x8 digits: a small class-conditional U-Net with EDM's preconditioning. A prompt is "0" to "9"."""
 
+import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, silu
 
 from backends.backend import Spec
-from solvers import FeatureDenoiser
+from solvers import Backbone, FeatureDenoiser
 
 CLASSES = 10
 UNCONDITIONAL = CLASSES
@@ -44,6 +45,11 @@ class Digits:
         network = UNet(channels=shape["channels"], sigma_data=shape["sigma_data"])
         network.load_state_dict(load_file(file))
         return cls(network)
+
+    @staticmethod
+    def identity(file: Path) -> Backbone:
+        """Which model a file holds."""
+        return Backbone("digits", hashlib.sha256(file.read_bytes()).hexdigest(), "CC BY 4.0, that of the digits")
 
     def save(self, file: Path) -> None:
         """Write the network's weights and shape (safetensors)."""

@@ -36,7 +36,7 @@ from metrics.frechet import JUDGE, Frechet, bootstrap_distances, distance, load_
 from solvers import AFS, SOLVERS, Predictor, Solver, load_predictor, save_predictor
 from stages import params
 from stages.distill import Learned, Sampling, closed_form, end_error, learn, new_student
-from stages.files import BACKBONE, REFS, read_tensors, sha256, write_json, write_tensors
+from stages.files import BACKBONE, REFS, read_tensors, write_json, write_tensors
 from stages.grid import grid
 from stages.noise import batches, prompts
 from stages.params import (
@@ -160,7 +160,7 @@ class Bench:
         learned = self._train(settings, schedule, num_steps)
         folder = self.folder / f"predictor-{budget}-{family}"
         folder.mkdir(exist_ok=True)
-        backbone = {"name": "digits", "sha256": sha256(BACKBONE / "unet.safetensors")}
+        backbone = Digits.identity(BACKBONE / "unet.safetensors")
         save_predictor(Predictor(learned.table, learned.sigmas, True, backbone, self.guidance_scale, {}), folder)
         where = {"predictor": str(folder), "settings": settings.model_dump()}
         return {"schedule": schedule, "afs": True, "num_steps": num_steps, **where}

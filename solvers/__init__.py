@@ -23,7 +23,7 @@ from solvers.integrate import Noise, advance, integrate, trajectory
 from solvers.multistep import Multistep, MultistepTable
 from solvers.parallel import ParallelStatistics, parallel_integrate
 from solvers.policy import Draw, Policy
-from solvers.predictor import Predictor, load_predictor, save_predictor
+from solvers.predictor import Backbone, Metric, Predictor, load_predictor, save_predictor
 from solvers.schedules import (
     discrete,
     discrete_sigma,
@@ -41,6 +41,7 @@ __all__ = [
     "AMED",
     "EPD",
     "SOLVERS",
+    "Backbone",
     "Checkpointed",
     "Counter",
     "Denoiser",
@@ -48,6 +49,7 @@ __all__ = [
     "EPDTable",
     "FeatureDenoiser",
     "Guided",
+    "Metric",
     "Multistep",
     "MultistepTable",
     "Noise",

@@ -1,12 +1,12 @@
-"""A learned table as an artifact: predictor.safetensors beside predictor.json. Data only, nothing in it is ever executed."""
+"""A learned table as an artifact: its numbers, their record, a model card. Data only, nothing in it is ever executed."""
 
 import hashlib
 import json
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_type_hints
 
 import torch
 from safetensors import SafetensorError
@@ -15,17 +15,58 @@ from torch import Tensor
 
 from solvers.afs import AFS
 from solvers.amed import AMED
+from solvers.card import model_card
 from solvers.epd import EPDTable
 from solvers.integrate import check_grid
 from solvers.multistep import MultistepTable
 from solvers.table import Form, Solver, StepTable
 
 FORMAT_VERSION = 1
-TENSORS, RECORD = "predictor.safetensors", "predictor.json"
-
+TENSORS, RECORD, CARD = "predictor.safetensors", "predictor.json", "README.md"
+FILES = (TENSORS, RECORD, CARD)
+"""What a predictor's folder holds."""
 
 Table = EPDTable | MultistepTable | AMED
 """What a predictor may hold; the families of its record are "epd", "multistep" and "amed"."""
+
+Difference = Literal["backbone", "guidance_scale", "sigmas"]
+"""What a predictor may be used for that it was not made for, if the caller names it."""
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """The frozen model that a predictor was learned for.
+
+    Attributes:
+        name: its id on the hub, or a name of one's own.
+        revision: what pins its weights: a commit of the hub's repository, or the sha256 of a file; null where it is not known.
+        licence: of its weights.
+        pipeline: the diffusers pipeline that runs it; null where there is none.
+    """
+
+    name: str
+    revision: str | None
+    licence: str
+    pipeline: str | None = None
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A figure that was measured with a predictor.
+
+    Attributes:
+        name: what was measured.
+        value: the mean, or an estimate of the whole.
+        interval: half of its 95 % interval.
+        n: images.
+        data: on which noise and prompts.
+    """
+
+    name: str
+    value: float
+    interval: float
+    n: int
+    data: str
 
 
 @dataclass(frozen=True)
@@ -36,26 +77,92 @@ class Predictor:
         table: its numbers.
         sigmas: the grid it was learned on, or with, float64 (num_steps,).
         afs: whether its first evaluation is the analytical one.
-        backbone: name of the frozen model and sha256 of its weights.
+        backbone: the frozen model.
         guidance_scale: guidance it was learned with.
-        provenance: where it comes from, as plain JSON: stage, parameters, seed, teacher or sha256 of the parent's tensors, and
-            metrics.
+        provenance: where it comes from, as plain JSON: stage, parameters, seed, teacher or sha256 of the parent's tensors.
+        metrics: what was measured with it, of data that it was not learned from.
     """
 
     table: Table
     sigmas: Tensor
     afs: bool
-    backbone: dict[str, str]
+    backbone: Backbone
     guidance_scale: float
     provenance: dict[str, Any]
+    metrics: tuple[Metric, ...] = ()
 
     def __call__(self, step: int, sigmas: Tensor) -> StepTable:
+        if sigmas is not self.sigmas:
+            self.check_sigmas(sigmas)
         solver: Solver = AFS(self.table) if self.afs else self.table
         return solver(step, sigmas)
 
+    def check_sigmas(self, sigmas: Tensor) -> None:
+        """Raise ValueError unless a grid is the predictor's own, to 1e-6 of each noise level."""
+        if len(sigmas) != len(self.sigmas):
+            raise ValueError(f"sigmas: {len(sigmas)} nodes; valid: {len(self.sigmas)}, as many as the table was made for")
+        if not torch.allclose(sigmas.to(self.sigmas), self.sigmas, rtol=1e-6, atol=0):
+            raise ValueError(
+                f"sigmas: {sigmas.tolist()}; valid: the grid that the table was made for, {self.sigmas.tolist()}, "
+                'or allow=["sigmas"] when it is loaded'
+            )
 
-def save_predictor(predictor: Predictor, folder: Path) -> None:
-    """Write the two files of a predictor into an existing folder; the same predictor gives the same bytes.
+    @property
+    def serial_evaluations(self) -> int:
+        """Of the network, one after the other."""
+        return sum(len(self(step, self.sigmas).levels) for step in range(len(self.sigmas) - 1))
+
+    @property
+    def total_evaluations(self) -> int:
+        """Of the network, rows per image; guidance in two rows doubles them."""
+        tables = (self(step, self.sigmas) for step in range(len(self.sigmas) - 1))
+        return sum(len(level) for table in tables for level in table.levels)
+
+    def used_for(
+        self,
+        backbone: str | None = None,
+        revision: str | None = None,
+        guidance_scale: float | None = None,
+        sigmas: Tensor | None = None,
+        allow: Collection[Difference] = (),
+    ) -> "Predictor":
+        """The predictor as it is used, where that is what it was made for; what is None is not checked.
+
+        Args:
+            backbone: name of the model that it is used with.
+            revision: of that model, compared where both are known.
+            guidance_scale: that it is used with.
+            sigmas: the grid that it is used on, (num_steps,).
+            allow: what may differ nevertheless.
+
+        Raises:
+            ValueError: it was made for something else, and that is not allowed.
+        """
+        if unknown := set(allow) - set(get_args(Difference)):
+            raise ValueError(f"allow: {sorted(unknown)}; valid: {', '.join(get_args(Difference))}")
+        known = revision if self.backbone.revision else None
+        pairs: list[tuple[Difference, object, object]] = [
+            ("backbone", backbone, self.backbone.name),
+            ("backbone", known, self.backbone.revision),
+            ("guidance_scale", guidance_scale, self.guidance_scale),
+        ]
+        for what, found, valid in pairs:
+            if what not in allow and found is not None and found != valid:
+                raise ValueError(f'{what}: {found}; valid: {valid}, which the predictor was made for, or allow=["{what}"]')
+        if sigmas is None:
+            return self
+        if "sigmas" not in allow:
+            self.check_sigmas(sigmas)
+        return replace(self, sigmas=sigmas)
+
+
+def save_predictor(predictor: Predictor, folder: Path, name: str | None = None) -> None:
+    """Write the three files of a predictor into an existing folder; the same predictor gives the same bytes.
+
+    Args:
+        predictor: what is written.
+        folder: an existing one.
+        name: of the folder in the card, where it is to be renamed.
 
     Raises:
         ValueError: the predictor is not what `load_predictor` would read.
@@ -70,22 +177,33 @@ def save_predictor(predictor: Predictor, folder: Path) -> None:
         "settings": settings,
         "afs": predictor.afs,
         "sigmas": predictor.sigmas.tolist(),
-        "backbone": predictor.backbone,
+        "backbone": asdict(predictor.backbone),
         "guidance_scale": predictor.guidance_scale,
         "provenance": predictor.provenance,
+        "metrics": [asdict(metric) for metric in predictor.metrics],
         "sha256": hashlib.sha256(data).hexdigest(),
     }
     (folder / TENSORS).write_bytes(data)
-    (folder / RECORD).write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
+    (folder / RECORD).write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     load_predictor(folder)  # whatever is written can be read
+    (folder / CARD).write_text(model_card(predictor, name or folder.name), encoding="utf-8")
 
 
-def load_predictor(folder: Path | str) -> Predictor:
-    """Read a predictor's folder and check it.
+def load_predictor(
+    folder: Path | str,
+    *,
+    backbone: str | None = None,
+    revision: str | None = None,
+    guidance_scale: float | None = None,
+    sigmas: Tensor | None = None,
+    allow: Collection[Difference] = (),
+) -> Predictor:
+    """Read a predictor's folder and check it, and that it is what the caller needs (see `Predictor.used_for`).
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is not what `save_predictor` writes, with the file, what was found and what would be valid.
+        ValueError: a file is not what `save_predictor` writes, with the file, what was found and what would be valid; or the
+            predictor was made for something else.
     """
     folder = Path(folder)
     record = _read_record(folder / RECORD)
@@ -98,25 +216,27 @@ def load_predictor(folder: Path | str) -> Predictor:
         raise ValueError(f"{folder / TENSORS}: {error}; valid: a safetensors file") from error
     numbers = all(type(sigma) is float for sigma in record["sigmas"])
     _require(numbers, folder / RECORD, f"sigmas: {record['sigmas']}", "a list of floating-point numbers")
-    sigmas = torch.tensor(record["sigmas"], dtype=torch.float64)
+    grid = torch.tensor(record["sigmas"], dtype=torch.float64)
     try:
-        check_grid(sigmas)
+        check_grid(grid)
     except ValueError as error:
         raise ValueError(f"{folder / RECORD}: {error}") from error
-    _require(bool(sigmas[-1] > 0), folder / RECORD, f"sigmas: {record['sigmas']}", "positive noise levels")
-    _require(len(sigmas) == record["num_steps"], folder / RECORD, f"{len(sigmas)} sigmas", f"{record['num_steps']}")
+    _require(bool(grid[-1] > 0), folder / RECORD, f"sigmas: {record['sigmas']}", "positive noise levels")
+    _require(len(grid) == record["num_steps"], folder / RECORD, f"{len(grid)} sigmas", f"{record['num_steps']}")
     for name, value in tensors.items():
         place = folder / TENSORS / name
         _require(value.dtype == torch.float64, place, f"{value.dtype}", "torch.float64")
         _require(bool(value.isfinite().all()), place, "a number that is not finite", "finite numbers")
-    return Predictor(
-        table=_put_together(record, tensors, sigmas, folder),
-        sigmas=sigmas,
+    predictor = Predictor(
+        table=_put_together(record, tensors, grid, folder),
+        sigmas=grid,
         afs=record["afs"],
-        backbone=record["backbone"],
+        backbone=Backbone(**record["backbone"]),
         guidance_scale=record["guidance_scale"],
         provenance=record["provenance"],
+        metrics=tuple(Metric(**metric) for metric in record["metrics"]),
     )
+    return predictor.used_for(backbone, revision, guidance_scale, sigmas, allow)
 
 
 def _taken_apart(table: Table) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
@@ -227,7 +347,7 @@ SETTINGS: dict[str, dict[str, type]] = {
 }
 """What the record of each family says besides."""
 
-RECORD_TYPES: dict[str, type] = {
+RECORD_TYPES: dict[str, Any] = {
     "format_version": int,
     "family": str,
     "num_steps": int,
@@ -238,6 +358,7 @@ RECORD_TYPES: dict[str, type] = {
     "backbone": dict,
     "guidance_scale": float,
     "provenance": dict,
+    "metrics": list,
     "sha256": str,
 }
 
@@ -245,29 +366,34 @@ RECORD_TYPES: dict[str, type] = {
 def _read_record(path: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error}); valid: a predictor's record") from error
     _require(isinstance(record, dict), path, type(record).__name__, "an object")
+    version = record.get("format_version")  # first: another version may have other keys
+    _require(type(version) is int and version == FORMAT_VERSION, path, f"format_version {version!r}", f"{FORMAT_VERSION}")
     _require_types(record, RECORD_TYPES, path)
     for key, least in (("num_steps", 2), ("num_points", 1), ("guidance_scale", 0)):
         found = record[key]
         _require(math.isfinite(found) and found >= least, path, f"{key}: {found}", f"{least} or more, finite")
-    for key in ("name", "sha256"):
-        found = record["backbone"].get(key)
-        _require(
-            isinstance(found, str), path, f"backbone.{key}: {found!r}", "the frozen model's name, and sha256 of its weights"
-        )
-    version, family = record["format_version"], record["family"]
-    _require(version == FORMAT_VERSION, path, f"format_version {version}", f"{FORMAT_VERSION}")
+    _require_types(record["backbone"], get_type_hints(Backbone), path / "backbone")
+    for index, metric in enumerate(record["metrics"]):
+        place = path / f"metrics.{index}"
+        _require(isinstance(metric, dict), place, type(metric).__name__, "an object")
+        _require_types(metric, get_type_hints(Metric), place)
+        finite = math.isfinite(metric["value"]) and 0 <= metric["interval"] < math.inf and metric["n"] > 0
+        _require(finite, place, f"{metric}", "finite numbers, of one image or more")
+    family = record["family"]
     _require(family in SETTINGS, path, f"family {family!r}", ", ".join(SETTINGS))
     _require_types(record["settings"], SETTINGS[family], path / "settings")
     return record
 
 
-def _require_types(values: dict[str, Any], types: dict[str, type], path: Path) -> None:
+def _require_types(values: dict[str, Any], types: dict[str, Any], path: Path) -> None:
     _require(set(values) == set(types), path, f"keys {sorted(values)}", f"{sorted(types)}")
     for key, kind in types.items():
-        _require(type(values[key]) is kind, path, f"{key}: {values[key]!r}", f"{key} of type {kind.__name__}")
+        kinds = get_args(kind) or (kind,)
+        valid = " or ".join(possible.__name__ for possible in kinds)
+        _require(type(values[key]) in kinds, path, f"{key}: {values[key]!r}", f"{key} of type {valid}")
 
 
 def _require(holds: bool, place: Path, found: str, valid: str) -> None:

@@ -12,12 +12,25 @@ from torch import Tensor, nn
 
 from backends import Backend, Digits, counted_denoiser
 from metrics.classifier import Classifier
-from solvers import AFS, AMED, EPD, SOLVERS, Checkpointed, Multistep, Predictor, Solver, fit_d_ode, save_predictor, trajectory
+from solvers import (
+    AFS,
+    AMED,
+    EPD,
+    SOLVERS,
+    Checkpointed,
+    Metric,
+    Multistep,
+    Predictor,
+    Solver,
+    fit_d_ode,
+    save_predictor,
+    trajectory,
+)
 from solvers.predictor import Table
 from stages import params
 from stages.checkpoint import Checkpoint, adam_state, load_adam_state, under
 from stages.command import command, progress
-from stages.files import BACKBONE, DISTILLED, RESULTS, TEACHER, atomic, read_tensors, reading, require, sha256, write_csv
+from stages.files import BACKBONE, DISTILLED, RESULTS, TEACHER, atomic, read_tensors, reading, require, write_csv
 from stages.noise import prompts
 from stages.params import Distill, Learning
 from stages.training import cosine, descend, rng, seeded
@@ -60,13 +73,15 @@ def distill(*, seed: int, num_steps: int, afs: bool, guidance_scale: float, dist
         "parameters": distill.model_dump(),
         "seed": seed,
         "teacher": description,
-        "metrics": {**learned.chosen, "n": len(validation)},
+        "chosen": learned.chosen,
     }
     write_csv(RESULTS / "distill.csv", learned.curve)
-    backbone = {"name": "digits", "sha256": sha256(BACKBONE / "unet.safetensors")}
+    metrics = (measured(learned, sampling, validation),)
+    backbone = Digits.identity(BACKBONE / "unet.safetensors")
+    predictor = Predictor(learned.table, learned.sigmas, afs, backbone, guidance_scale, provenance, metrics)
     with atomic(DISTILLED) as folder:
         folder.mkdir()
-        save_predictor(Predictor(learned.table, learned.sigmas, afs, backbone, guidance_scale, provenance), folder)
+        save_predictor(predictor, folder, DISTILLED.name)
     if checkpoint is not None:
         checkpoint.remove()
 
@@ -218,6 +233,16 @@ def validated(
     if not math.isfinite(current):
         raise FloatingPointError(f"validation error: {current}; valid: a finite number")
     return current, point
+
+
+@torch.no_grad()
+def measured(learned: Learned, sampling: Sampling, validation: Tensor) -> Metric:
+    """The RMSE of the end points to the teacher's on validation noise; its interval by the delta method."""
+    found = sampling.states(learned.table, learned.sigmas, validation[:, 0], range(len(validation)))[:, -1]
+    each = (found - validation[:, -1]).square().flatten(1).mean(1)
+    error = each.mean().sqrt().item()
+    interval = 1.96 * each.std().item() / len(each) ** 0.5 / (2 * error)
+    return Metric("RMSE to the teacher", error, interval, len(each), "validation noise")
 
 
 def closed_form(sampling: Sampling, train: Tensor, validation: Tensor) -> Learned:

@@ -9,7 +9,7 @@ from backends import Digits, counted_denoiser
 from metrics import Scorer
 from metrics.frechet import JUDGE, Frechet, Statistics, distance, load_statistics, statistics
 from metrics.log_probability import LogProbability
-from solvers import AMED, Policy, Predictor, integrate, load_predictor, save_predictor
+from solvers import AMED, Metric, Policy, Predictor, integrate, load_predictor, save_predictor
 from solvers.predictor import Table
 from stages.checkpoint import Checkpoint, adam_state, load_adam_state, under
 from stages.command import command, progress
@@ -96,12 +96,16 @@ def rdpo(*, seed: int, rdpo: RDPOParams) -> None:
         "parameters": rdpo.model_dump(),
         "seed": seed,
         "parent_sha256": sha256(DISTILLED / "predictor.safetensors"),
-        "metrics": {**chosen, "distilled_frechet_distance": base_distance, "n": rdpo.validation},
+        "chosen": {**chosen, "distilled_frechet_distance": base_distance},
     }
+    metrics = (
+        Metric("reward", chosen["reward"], chosen["reward_95"], rdpo.validation, "validation noise"),
+        Metric("reward less the distilled", chosen["gain"], chosen["gain_95"], rdpo.validation, "the same, paired"),
+    )
     write_csv(RESULTS / "rdpo.csv", [{**p, "deployed": int(p == chosen)} for p in curve])
     with atomic(RDPO) as folder:
         folder.mkdir()
-        save_predictor(replace(distilled, table=best, provenance=provenance), folder)
+        save_predictor(replace(distilled, table=best, provenance=provenance, metrics=metrics), folder, RDPO.name)
     checkpoint.remove()
 
 
@@ -137,6 +141,7 @@ def point(iteration: int, rewards: Tensor, base: Tensor, found: float, policy: P
     return {
         "iteration": iteration,
         "reward": rewards.mean().item(),
+        "reward_95": 1.96 * rewards.std().item() / len(rewards) ** 0.5,
         "gain": gain.mean().item(),
         "gain_95": 1.96 * gain.std().item() / len(gain) ** 0.5,
         "frechet_distance": found,

@@ -8,7 +8,7 @@ from torch import Tensor
 from backends import Backend, Digits, Spec, counted_denoiser
 from solvers import AFS, SOLVERS, Solver, integrate, load_predictor
 from stages.command import command, progress
-from stages.files import BACKBONE, SAMPLES, reading, require, sha256, write_tensors
+from stages.files import BACKBONE, SAMPLES, reading, sha256, write_tensors
 from stages.grid import grid
 from stages.noise import batches, fresh_noise, noise, prompts
 from stages.params import Classical, Distill, Learned, Sample, Sampler, classical_nodes, serial_evaluations
@@ -34,9 +34,8 @@ def sample(
             solver, sigmas = classical_solver(classical, serial, backend.spec)
         case Learned(model=model):
             with reading(Path(model)) as folder:
-                solver = load_predictor(folder)
-                require(folder, "guidance_scale", solver.guidance_scale, guidance_scale)
-                require(folder, "backbone", solver.backbone["sha256"], sha256(BACKBONE / "unet.safetensors"))
+                revision = sha256(BACKBONE / "unet.safetensors")
+                solver = load_predictor(folder, revision=revision, guidance_scale=guidance_scale)
             sigmas = solver.sigmas
     states, depths, rows = [], set[int](), 0
     for batch in progress(batches(sample.images, sample.batch_size), f"sample {sampler}", "batch"):

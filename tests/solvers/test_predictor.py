@@ -4,6 +4,7 @@ import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -16,7 +17,9 @@ from solvers import (
     AMED,
     EPD,
     SOLVERS,
+    Backbone,
     EPDTable,
+    Metric,
     Multistep,
     Predictor,
     integrate,
@@ -24,6 +27,7 @@ from solvers import (
     polynomial,
     save_predictor,
 )  # fmt: skip
+from solvers.predictor import Difference
 
 
 @pytest.fixture
@@ -35,9 +39,10 @@ def predictor() -> Predictor:
         ),
         sigmas=polynomial(4, 0.002, 80.0),
         afs=True,
-        backbone={"name": "digits", "sha256": "0" * 64},
+        backbone=Backbone("digits", "0" * 64, "none"),
         guidance_scale=1.5,
         provenance={"stage": "distill", "seed": 3},
+        metrics=(Metric("RMSE to the teacher", 0.03142, 0.00081, 512, "validation noise"),),
     )
 
 
@@ -61,12 +66,12 @@ def multistep() -> Predictor:
     with torch.no_grad():
         for parameter in student.parameters():
             parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)).double()
-    return Predictor(student.table(), student.sigmas(), False, {"name": "digits", "sha256": "0" * 64}, 1.0, {})
+    return Predictor(student.table(), student.sigmas(), False, Backbone("digits", "0" * 64, "none"), 1.0, {})
 
 
 def amed() -> Predictor:
     torch.manual_seed(0)
-    return Predictor(AMED(4, 4, 0.05, 0.1), polynomial(4, 0.002, 80.0), True, {"name": "digits", "sha256": "0" * 64}, 1.0, {})
+    return Predictor(AMED(4, 4, 0.05, 0.1), polynomial(4, 0.002, 80.0), True, Backbone("digits", "0" * 64, "none"), 1.0, {})
 
 
 @pytest.mark.parametrize("make", [multistep, amed])
@@ -143,7 +148,7 @@ def test_the_same_predictor_gives_the_same_bytes(predictor: Predictor, folder: P
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     save_predictor(predictor, folder)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
-    assert set(before) == {"predictor.safetensors", "predictor.json"}
+    assert set(before) == {"predictor.safetensors", "predictor.json", "README.md"}
 
 
 def edit_record(**changes: object) -> Callable[[Path], None]:
@@ -168,6 +173,22 @@ def edit_tensor(name: str, change: Callable[[Tensor], Tensor | None]) -> Callabl
     return edit
 
 
+def swap_bytes(folder: Path) -> None:
+    """The numbers as a machine of the other byte order would have written them."""
+    for name in ("position", "weight", "direction_scale", "time_scale"):
+        edit_tensor(name, lambda t: torch.from_numpy(t.numpy().byteswap()))(folder)
+
+
+def swap_tensors(folder: Path) -> None:
+    """The tensors of another predictor of the same shape."""
+    other = folder / "other"
+    other.mkdir()
+    predictor = load_predictor(folder)
+    assert isinstance(predictor.table, EPDTable)
+    save_predictor(replace(predictor, table=replace(predictor.table, position=predictor.table.position.flip(-1))), other)
+    (folder / "predictor.safetensors").write_bytes((other / "predictor.safetensors").read_bytes())
+
+
 def tamper(folder: Path) -> None:
     file = folder / "predictor.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\x01")
@@ -185,13 +206,27 @@ def tamper(folder: Path) -> None:
         (edit_tensor("time_scale", lambda a: None), "tensors .*; valid: .*time_scale"),
         (edit_record(format_version=2), "format_version 2; valid: 1"),
         (edit_record(family="rnn"), "family 'rnn'; valid: epd, multistep, amed"),
+        (edit_record(format_version="1"), "format_version '1'; valid: 1"),
+        (edit_record(metrics=[{"name": "FID"}]), r"metrics.0: keys \['name'\]; valid: "),
+        (edit_record(metrics=["FID 3"]), "metrics.0: str; valid: an object"),
+        (
+            edit_record(metrics=[{"name": "FID", "value": 3.0, "interval": float("nan"), "n": 9, "data": "test"}]),
+            "metrics.0: .*; valid: finite numbers",
+        ),
+        (edit_record(backbone={"name": "d", "revision": 3, "licence": "", "pipeline": None}), "type str or NoneType"),
+        (swap_bytes, "predictor.safetensors/.*: .*; valid: "),
+        (lambda folder: (folder / "predictor.safetensors").write_bytes(b""), "sha256 e3b0c442.*; valid: "),
+        (lambda folder: (folder / "predictor.json").write_bytes(b""), "predictor.json: not JSON"),
+        (lambda folder: (folder / "predictor.json").write_bytes(b"\xff\xfe\x00"), "predictor.json: not JSON"),
+        (lambda folder: (folder / "predictor.json").write_text("[" * 100_000), "predictor.json: not JSON"),
+        (swap_tensors, "predictor.safetensors: sha256 .*; valid: .*, as its record says"),
         (edit_record(settings={}), r"settings: keys \[\]; valid: \['max_order'\]"),
         (edit_record(settings={"max_order": 7}), r"settings.max_order: 7; valid: 1 to 4"),
         (edit_record(settings={"max_order": True}), "max_order: True; valid: max_order of type int"),
         (edit_record(num_points=0), "num_points: 0; valid: 1 or more"),
         (edit_record(guidance_scale=-5.0), "guidance_scale: -5.0; valid: 0 or more, finite"),
         (edit_record(guidance_scale=float("nan")), "guidance_scale: nan; valid: 0 or more, finite"),
-        (edit_record(backbone={}), "backbone.name: None; valid: "),
+        (edit_record(backbone={}), r"backbone: keys \[\]; valid: .*'revision'"),
         (edit_record(sigmas=[80.0, 9.0, 1.0, 0.0]), "predictor.json: sigmas: .*; valid: positive noise levels"),
         (edit_record(num_steps="4"), "num_steps: '4'; valid: num_steps of type int"),
         (edit_record(afs=None), "keys .*; valid: .*afs"),
@@ -208,6 +243,65 @@ def test_a_damaged_folder_is_refused(damage: Callable[[Path], None], message: st
     damage(folder)
     with pytest.raises(ValueError, match=message):
         load_predictor(folder)
+
+
+def test_a_predictor_is_used_for_what_it_was_made_for(folder: Path, mixture: Gaussian, start: Tensor) -> None:
+    found = load_predictor(folder, backbone="digits", revision="0" * 64, guidance_scale=1.5, sigmas=polynomial(4, 0.002, 80.0))
+    assert torch.equal(found.sigmas, polynomial(4, 0.002, 80.0))
+    with pytest.raises(ValueError, match=r"sigmas: 5 nodes; valid: 4"):
+        integrate(mixture.denoiser([]), found, 80 * start, polynomial(5, 0.002, 80.0))
+    with pytest.raises(ValueError, match=r"sigmas: \[80.0, .*; valid: the grid that the table was made for"):
+        integrate(mixture.denoiser([]), found, 80 * start, polynomial(4, 0.002, 80.0, rho=5))
+
+
+@pytest.mark.parametrize(
+    ("difference", "use", "message"),
+    [
+        ("backbone", {"backbone": "faces"}, "backbone: faces; valid: digits, which the predictor was made for"),
+        ("backbone", {"revision": "1" * 64}, "backbone: 1{64}; valid: 0{64}, "),
+        ("guidance_scale", {"guidance_scale": 7.5}, "guidance_scale: 7.5; valid: 1.5, "),
+        ("sigmas", {"sigmas": polynomial(4, 0.01, 50.0)}, "sigmas: .*; valid: the grid "),
+    ],
+)
+def test_another_use_is_refused_unless_it_is_named(
+    difference: Difference, use: dict[str, Any], message: str, folder: Path
+) -> None:
+    others: tuple[Difference, ...] = get_args(Difference)
+    most: list[Difference] = [other for other in others if other != difference]
+    for allow in ([], most):
+        with pytest.raises(ValueError, match=rf'{message}.*allow=\["{difference}"\]'):
+            load_predictor(folder, **use, allow=allow)
+    found = load_predictor(folder, **use, allow=[difference])
+    assert torch.equal(found.sigmas, use.get("sigmas", polynomial(4, 0.002, 80.0)))
+
+
+def test_an_unknown_exception_is_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"allow: \['all'\]; valid: backbone, guidance_scale, sigmas"):
+        load_predictor(folder, allow=["all"])  # type: ignore[list-item]
+
+
+def test_no_exception_makes_another_number_of_nodes_fit(folder: Path, mixture: Gaussian, start: Tensor) -> None:
+    found = load_predictor(folder, sigmas=polynomial(5, 0.002, 80.0), allow=["sigmas"])
+    with pytest.raises(ValueError, match="5 nodes; valid: 4"):
+        integrate(mixture.denoiser([]), found, 80 * start, found.sigmas)
+
+
+def test_the_card_says_what_it_costs_and_how_well_it_does(folder: Path) -> None:
+    card = (folder / "README.md").read_text()
+    assert "| RMSE to the teacher | 0.03142 ± 0.00081 | 512 | validation noise | 5 | 8 |" in card
+    assert "| licence of the backbone | none |" in card
+    assert "EPD-Solver" in card
+    assert '"stage": "distill"' in card
+    assert f'load_predictor("{folder.name}")' in card
+
+
+@pytest.mark.parametrize("make", [multistep, amed])
+def test_cards_of_every_family(make: Callable[[], Predictor], tmp_path: Path) -> None:
+    save_predictor(make(), tmp_path, "name")
+    card = (tmp_path / "README.md").read_text()
+    assert card.startswith("# name\n")
+    assert "None were measured with this file." in card
+    assert "| serial evaluations | 5 |" in card
 
 
 def test_a_pickle_is_never_executed(folder: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
 from backends import Gaussian
-from solvers import EPD, EPDTable, Policy, Predictor, load_predictor, polynomial
+from solvers import EPD, Backbone, EPDTable, Policy, Predictor, load_predictor, polynomial
 from stages.noise import SPLITS, noise
 from stages.params import RDPO
 from stages.rdpo import Rollouts, improve, leave_one_out
@@ -62,7 +62,7 @@ def test_results_are_what_the_scores_say(finished: Path) -> None:
 
 
 def test_rdpo_never_deploys_a_worse_distance(finished: Path) -> None:
-    chosen = load_predictor(finished / "models/rdpo").provenance["metrics"]
+    chosen = load_predictor(finished / "models/rdpo").provenance["chosen"]
     assert chosen["frechet_distance"] <= chosen["distilled_frechet_distance"]
     assert chosen["gain"] >= 0
 
@@ -97,7 +97,7 @@ def test_distillation_learns(finished: Path) -> None:
     """Iteration 0 is the evenly spread start; what is kept is the best on validation noise."""
     with (finished / "results/distill.csv").open() as file:
         errors = [float(line["validation_rmse"]) for line in csv.DictReader(file)]
-    kept = load_predictor(finished / "models/distilled").provenance["metrics"]["validation_rmse"]
+    kept = load_predictor(finished / "models/distilled").provenance["chosen"]["validation_rmse"]
     assert kept == min(errors) < errors[0]
 
 
@@ -113,7 +113,7 @@ def test_rdpo_raises_the_reward_that_it_is_given(epochs: int, mixture: Gaussian,
     """A reward that prefers large steps: the directions' scales grow, and the reward of the mean table with them."""
     table = EPD(3, 2, 0.0, 0.0).table()
     base = EPDTable(*(getattr(table, f).detach() for f in ("position", "weight", "direction_scale", "time_scale")))
-    distilled = Predictor(base, polynomial(3, 0.1, 10.0), True, {}, 1.0, {})
+    distilled = Predictor(base, polynomial(3, 0.1, 10.0), True, Backbone("mixture", None, "none"), 1.0, {})
 
     def reward(images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         return -images.sub(0.5).square().mean((1, 2, 3))
