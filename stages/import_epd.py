@@ -1,0 +1,317 @@
+"""A published EPD file as a predictor, with nothing of it executed: python -m stages.import_epd FILE --out DIR."""
+
+import hashlib
+import io
+import math
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from torch import Tensor
+
+from solvers import (
+    Backbone,
+    EPDTable,
+    Predictor,
+    discrete,
+    dynamic_shift,
+    flowmatch,
+    load_predictor,
+    logsnr,
+    polynomial,
+    save_predictor,
+    time_uniform,
+)
+from solvers.epd import within
+from stages.files import atomic
+from stages.unpickle import LARGEST_FILE, Inert, RefusedError, read_pickle
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@dataclass(frozen=True)
+class Published:
+    """What a published file's backbone is, of which the file itself says little, or something wrong.
+
+    Attributes:
+        backbone: the frozen model.
+        resolution: of its images.
+        sigmas: noise levels that the backbone was trained for, increasing: all of them, or both ends.
+        guidance_scale: that the published tables were made with.
+        shift: of a flow model's schedule.
+    """
+
+    backbone: Backbone
+    resolution: int
+    sigmas: Tensor
+    guidance_scale: float = 1.0
+    shift: float = 1.0
+
+
+def variance_preserving(first: float, last: float) -> Tensor:
+    """The noise levels of 1,000 steps with betas whose square roots are evenly spaced, as latent diffusion has them."""
+    betas = torch.linspace(math.sqrt(first), math.sqrt(last), 1000, dtype=torch.float64).square()
+    kept = (1 - betas).cumprod(0)
+    return ((1 - kept) / kept).sqrt()
+
+
+def flow(shift: float) -> Tensor:
+    """Both ends of diffusers' flow-matching grid: its lowest level is s = 0.001, shifted."""
+    return torch.tensor([shift * 0.001 / (1 + (shift - 1) * 0.001), 1.0], dtype=torch.float64)
+
+
+def edm(name: str, resolution: int) -> Published:
+    """A model of Karras et al. 2022."""
+    ends = torch.tensor([0.002, 80.0], dtype=torch.float64)
+    return Published(Backbone(name, None, "CC BY-NC-SA 4.0"), resolution, ends)
+
+
+def sd3(resolution: int) -> Published:
+    """Stable Diffusion 3 Medium. Its scheduler shifts the lowest level once when it is made, and again with the whole grid."""
+    backbone = Backbone(
+        "stabilityai/stable-diffusion-3-medium-diffusers", None, "Stability AI Community License", "StableDiffusion3Pipeline"
+    )
+    once = flow(3.0)
+    return Published(backbone, resolution, 3 * once / (1 + 2 * once), guidance_scale=4.5, shift=3.0)
+
+
+SHIFT_AT_1024 = dynamic_shift(64 * 64)
+
+BACKBONES = {
+    "cifar10": edm("edm-cifar10-32x32-uncond-vp", 32),
+    "ffhq": edm("edm-ffhq-64x64-uncond-vp", 64),
+    "afhqv2": edm("edm-afhqv2-64x64-uncond-vp", 64),
+    "imagenet64": edm("edm-imagenet-64x64-cond-adm", 64),
+    "lsun_bedroom_ldm": Published(
+        Backbone("latent-diffusion/lsun_bedrooms", None, "MIT"), 256, variance_preserving(0.0015, 0.0195)
+    ),
+    "sd15": Published(
+        Backbone("stable-diffusion-v1-5/stable-diffusion-v1-5", None, "CreativeML OpenRAIL-M", "StableDiffusionPipeline"),
+        512,
+        variance_preserving(0.00085, 0.012),
+        guidance_scale=7.5,
+    ),
+    "sd3-512": sd3(512),
+    "sd3-1024": sd3(1024),
+    "flux": Published(
+        Backbone("black-forest-labs/FLUX.1-dev", None, "FLUX.1 [dev] Non-Commercial License", "FluxPipeline"),
+        1024,
+        flow(SHIFT_AT_1024),
+        guidance_scale=3.5,
+        shift=SHIFT_AT_1024,
+    ),
+}
+
+
+@app.command()
+def import_epd(
+    file: Annotated[Path, typer.Argument(help="a published .pkl, or an .npz of r, weight, scale_dir, scale_time")],
+    out: Annotated[Path, typer.Option(help="the predictor's folder, which must not exist yet")],
+    sort: Annotated[bool, typer.Option("--sort", help="sort the points within each step, as RDPO needs them")] = False,
+    sha256: Annotated[str | None, typer.Option(help="of the file, if it is to be that very one")] = None,
+    backbone: Annotated[str | None, typer.Option(help=f"where the file does not say: {', '.join(BACKBONES)}")] = None,
+) -> None:
+    """Write a published EPD table as a predictor."""
+    try:
+        if out.exists():
+            raise ValueError(f"{out}: it exists; valid: a folder that does not")
+        predictor, warnings = imported(file, sort, sha256, backbone)
+        for warning in warnings:
+            typer.echo(f"warning: {file}: {warning}", err=True)
+        with atomic(out) as folder:
+            folder.mkdir()
+            save_predictor(predictor, folder, out.name)
+    except (ValueError, OSError) as error:
+        typer.echo(f"import_epd: {error}", err=True)
+        raise typer.Exit(1) from None
+    read = load_predictor(out)
+    cost = f"{read.serial_evaluations} serial and {read.total_evaluations} total evaluations"
+    steps = f"{read.table.num_steps - 1} steps of {read.table.num_points} points"
+    typer.echo(f"{out}: {read.backbone.name}, {steps}, {cost}, guidance scale {read.guidance_scale:g}")
+
+
+def imported(
+    file: Path, sort: bool = False, sha256: str | None = None, backbone: str | None = None
+) -> tuple[Predictor, list[str]]:
+    """The predictor of a published file, and what of its metadata was wrong.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a published file, or not that one; with the file, what was found and what would be valid.
+    """
+    if file.stat().st_size > LARGEST_FILE:
+        raise ValueError(f"{file}: {file.stat().st_size} bytes; valid: at most {LARGEST_FILE}")
+    data = file.read_bytes()
+    found = hashlib.sha256(data).hexdigest()
+    if sha256 not in (None, found):
+        raise ValueError(f"{file}: sha256 {found}; valid: {sha256}")
+    try:
+        table, settings = from_npz(data) if data.startswith(b"PK") else from_pickle(data)
+        key = backbone or recognised(settings)
+        if key not in BACKBONES:
+            raise ValueError(f"backbone: {key}; valid: --backbone, one of {', '.join(BACKBONES)}")
+        published = BACKBONES[key]
+        sigmas = grid(settings, table.num_steps, published)
+        corrections = corrected(settings, published)
+    except (RefusedError, ValueError) as error:
+        raise ValueError(f"{file}: {error}") from None
+    provenance = {
+        "stage": "import_epd",
+        "file": file.name,
+        "sha256": found,
+        "parameters": settings,
+        "corrections": corrections,
+        "sorted": sort,
+    }
+    table = table.sorted() if sort else table
+    scale = guidance(settings, published)
+    return Predictor(table, sigmas, bool(settings.get("afs", False)), published.backbone, scale, provenance), corrections
+
+
+def from_pickle(data: bytes) -> tuple[EPDTable, dict[str, Any]]:
+    """The table of a pickled EPD_predictor and its plain attributes; formulas of Zhu et al. 2025, section 3."""
+    contents = read_pickle(data)
+    model = contents.get("model") if isinstance(contents, dict) else contents
+    if not isinstance(model, Inert) or not isinstance(model.state.get("_parameters"), dict):
+        raise ValueError(f"no module {'at model' if isinstance(contents, dict) else ''}; valid: a pickled EPD_predictor")
+    state = model.state
+    r, o, a, w = (parameter(state["_parameters"], name) for name in PARAMETERS)
+    settings = {key: value for key, value in state.items() if not key.startswith("_") and key != "training" and plain(value)}
+    scale_dir, scale_time = (number(settings, name, 0.0) for name in ("scale_dir", "scale_time"))
+    direction, time = within(scale_dir, o), within(scale_time, a)
+    if settings.get("fcn") is True:
+        direction[-1] = 1.0
+    match settings.get("sampler_stu"):
+        case "epd":
+            order = 1
+        case "ipndm":
+            order = int(number(settings, "max_order", 4))
+        case other:
+            raise ValueError(f"sampler_stu: {other!r}; valid: epd or ipndm")
+    return made(r.sigmoid(), w.softmax(-1), direction, time, settings, order), settings
+
+
+PARAMETERS = ("r_params", "scale_dir_params", "scale_time_params", "weight_s")
+
+
+def from_npz(data: bytes) -> tuple[EPDTable, dict[str, Any]]:
+    """The table of an .npz with r, weight (N, K) and possibly scale_dir, scale_time (N, K), and its scalars."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            if (size := sum(entry.file_size for entry in archive.infolist())) > LARGEST_FILE:
+                raise ValueError(f"{size} bytes unpacked; valid: at most {LARGEST_FILE}")
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            found = {name: arrays[name] for name in arrays.files}
+    except (zipfile.BadZipFile, OSError, EOFError, KeyError) as error:
+        raise ValueError(f"not an archive of arrays ({error}); valid: an undamaged .npz") from None
+    missing = {"r", "weight"} - set(found)
+    if missing:
+        raise ValueError(f"no {', '.join(sorted(missing))} among {sorted(found)}; valid: r and weight, (N, K)")
+    tables = {name: found.pop(name) for name in ("r", "weight", "scale_dir", "scale_time") if name in found}
+    settings = {name: value.item() for name, value in found.items() if value.ndim == 0}
+    tensors = {name: torch.from_numpy(value.astype(np.float64)) for name, value in tables.items() if value.dtype.kind == "f"}
+    if set(tensors) != set(tables):
+        raise ValueError(f"arrays of {', '.join(str(value.dtype) for value in tables.values())}; valid: floating-point numbers")
+    r, weight = tensors["r"], tensors["weight"]
+    total = weight.sum(-1, keepdim=True)
+    if not torch.allclose(total, torch.ones_like(total), rtol=0, atol=1e-4):
+        raise ValueError(f"weight: sums {total.flatten().tolist()}; valid: 1 for each step")
+    direction, time = (tensors.get(name, torch.ones_like(r)) for name in ("scale_dir", "scale_time"))
+    return made(r, weight / total, direction, time, settings, 1), settings
+
+
+def made(r: Tensor, w: Tensor, o: Tensor, a: Tensor, settings: dict[str, Any], order: int) -> EPDTable:
+    """The table, checked against the numbers of steps and points that the file says it has."""
+    for name, value in (("r", r), ("weight", w), ("scale_dir", o), ("scale_time", a)):
+        if not bool(value.isfinite().all()):
+            raise ValueError(f"{name}: a number that is not finite; valid: finite numbers")
+    table = EPDTable(r, w, o, a, order)
+    for name, found in (("num_steps", table.num_steps), ("num_points", table.num_points)):
+        if settings.get(name, found) != found:
+            raise ValueError(f"{name}: {settings[name]!r}, and arrays of shape {tuple(r.shape)}; valid: {found}")
+    return table
+
+
+def parameter(parameters: dict[str, Any], name: str) -> Tensor:
+    """A parameter in double precision, (N, K)."""
+    value = parameters.get(name)
+    if not isinstance(value, Tensor) or value.ndim != 2 or not value.is_floating_point():
+        raise ValueError(f"{name}: {tuple(value.shape) if isinstance(value, Tensor) else 'missing'}; valid: (N, K) floats")
+    return value.double()
+
+
+def recognised(settings: dict[str, Any]) -> str | None:
+    """The key in BACKBONES that the file's metadata name; None where they name none."""
+    match settings:
+        case {"dataset_name": "ms_coco" | None, "backend": "sd3"}:
+            return f"sd3-{number(settings, 'img_resolution', 1024):g}"
+        case {"backend": "flux"}:
+            return "flux"
+        case {"dataset_name": "ms_coco"}:
+            return "sd15"
+        case {"dataset_name": str(name)}:
+            return name
+    return None
+
+
+def grid(settings: dict[str, Any], num_steps: int, published: Published) -> Tensor:
+    """The noise levels that the table was learned on, (num_steps,)."""
+    low, high = published.sigmas[0].item(), published.sigmas[-1].item()
+    rho = number(settings, "schedule_rho", 1.0)
+    match settings.get("schedule_type", "flowmatch" if high == 1 else None):
+        case "polynomial":
+            return polynomial(num_steps, low, high, rho)
+        case "logsnr":
+            return logsnr(num_steps, low, high)
+        case "time_uniform":
+            return time_uniform(num_steps, low, high, rho)
+        case "discrete":
+            return discrete(num_steps, low, high, published.sigmas, rho)
+        case "flowmatch":
+            return flowmatch(num_steps, low, high, published.shift)
+        case other:
+            raise ValueError(f"schedule_type: {other!r}; valid: polynomial, logsnr, time_uniform, discrete, flowmatch")
+
+
+def corrected(settings: dict[str, Any], published: Published) -> list[str]:
+    """Set the settings right where they are known to be wrong, and say what was."""
+    found = settings.get("img_resolution")
+    if published.backbone.pipeline is None or found in (None, published.resolution):
+        return []
+    settings["img_resolution"] = published.resolution
+    config = settings.get("backend_config")
+    if isinstance(config, dict) and "resolution" in config:
+        settings["backend_config"] = {**config, "resolution": published.resolution}
+    return [f"img_resolution {found}, corrected to {published.resolution}, that of {published.backbone.name}"]
+
+
+def guidance(settings: dict[str, Any], published: Published) -> float:
+    """Guidance scale of the file; 1 where it has none."""
+    if settings.get("guidance_type", "") is None:
+        return 1.0
+    return number(settings, "guidance_rate", published.guidance_scale)
+
+
+def number(settings: dict[str, Any], name: str, default: float) -> float:
+    """A setting that is a number; the default where there is none."""
+    value = settings.get(name)
+    if value is None:
+        return float(default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{name}: {value!r}; valid: a finite number")
+    return float(value)
+
+
+def plain(value: Any) -> bool:
+    """Whether a value is what JSON holds, and small."""
+    if isinstance(value, dict):
+        return len(value) < 100 and all(isinstance(key, str) and plain(item) for key, item in value.items())
+    return value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value))
+
+
+if __name__ == "__main__":
+    app()
