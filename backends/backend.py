@@ -41,10 +41,15 @@ class Backend(Protocol):
         ...
 
 
-def counted_denoiser(backend: Backend, prompts: Sequence[str], guidance_scale: float) -> tuple[Denoiser, Counter]:
-    """The guided denoiser of B prompts, and the counter of what it costs the network (twice the rows where it is guided)."""
+def counted_denoiser(
+    backend: Backend, prompts: Sequence[str], guidance_scale: float, negative: Sequence[str] | None = None
+) -> tuple[Denoiser, Counter]:
+    """The guided denoiser of B prompts, and the counter of what it costs the network (twice the rows where it is guided).
+
+    Guidance leads away from the B negative prompts; from the unconditional model where there are none.
+    """
     if guidance_scale == 1:
         counter = Counter(backend.denoiser(prompts))
         return counter, counter
-    counter = Counter(backend.denoiser([*prompts, *[""] * len(prompts)]))
+    counter = Counter(backend.denoiser([*prompts, *(negative or [""] * len(prompts))]))
     return Guided(counter, guidance_scale, len(prompts)), counter

@@ -7,6 +7,6 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from metrics import torchvision_on_cpu as torchvision_on_cpu  # here, so that it precedes every import of torchvision
+import torchvision_on_cpu as torchvision_on_cpu  # here, so that it precedes every import of torchvision
 
 Scorer = Callable[[Tensor, Sequence[str]], Tensor]

@@ -87,16 +87,20 @@ def evaluate(denoise: Denoiser, wanted: Sequence[tuple[StepTable, int, Tensor, O
     """Make several evaluations (table, i, x (B, ...), outputs) as one batch; put their outputs in place, return each's D."""
     states, shown = [], []
     for table, i, x, outputs in wanted:
-        node = table.node_levels[i]
-        states.append(_state(table, table.rows[i], node, x, outputs))
+        states.append(evaluation_state(table, i, x, outputs))
         shown.append(_level(table.shown[i], x))
     batch, sigma = (states[0], shown[0]) if len(wanted) == 1 else (torch.cat(states), torch.cat(shown))
     denoised = denoise(batch, sigma)
     check_denoised(denoised, batch, sigma)
     each = denoised.split(len(states[0]))
     for (table, i, _, outputs), y, d in zip(wanted, states, each, strict=True):
-        outputs[table.history + i] = _output(table, i, y, d)
+        outputs[table.history + i] = output_of(table, i, y, d)
     return each
+
+
+def evaluation_state(table: StepTable, i: int, x: Tensor, outputs: Outputs) -> Tensor:
+    """The state (B, ...) that evaluation i is of."""
+    return _state(table, table.rows[i], table.node_levels[i], x, outputs)
 
 
 def next_state(table: StepTable, x: Tensor, outputs: Outputs, fresh: Tensor | None = None) -> Tensor:
@@ -182,11 +186,11 @@ def _first_feature(denoise: Denoiser, table: StepTable, x: Tensor, outputs: Outp
     sigma = _level(table.shown[0], x)
     denoised, feature = with_feature(denoise, x, sigma)
     check_denoised(denoised, x, sigma)
-    outputs[table.history] = _output(table, 0, x, denoised)
+    outputs[table.history] = output_of(table, 0, x, denoised)
     return feature
 
 
-def _output(table: StepTable, i: int, y: Tensor, denoised: Tensor) -> Tensor:
+def output_of(table: StepTable, i: int, y: Tensor, denoised: Tensor) -> Tensor:
     """What evaluation i leaves for later rows: the direction, or the denoised state itself."""
     if table.form == "data":
         return denoised

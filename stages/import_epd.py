@@ -28,7 +28,7 @@ from solvers import (
 )
 from solvers.epd import within
 from stages.files import atomic
-from stages.unpickle import LARGEST_FILE, Inert, RefusedError, read_pickle
+from stages.unpickle import LARGEST_FILE, Inert, RefusedError, described, read_pickle
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -153,11 +153,12 @@ def imported(
         table, settings = from_npz(data) if data.startswith(b"PK") else from_pickle(data)
         key = backbone or recognised(settings)
         if key not in BACKBONES:
-            raise ValueError(f"backbone: {key}; valid: --backbone, one of {', '.join(BACKBONES)}")
+            raise ValueError(f"backbone: {key!a}; valid: --backbone, one of {', '.join(BACKBONES)}")
         published = BACKBONES[key]
         sigmas = grid(settings, table.num_steps, published)
         corrections = corrected(settings, published)
-    except (RefusedError, ValueError) as error:
+        afs, scale = flag(settings, "afs"), guidance(settings, published)
+    except (RefusedError, ValueError, OverflowError) as error:
         raise ValueError(f"{file}: {error}") from None
     provenance = {
         "stage": "import_epd",
@@ -168,8 +169,7 @@ def imported(
         "sorted": sort,
     }
     table = table.sorted() if sort else table
-    scale = guidance(settings, published)
-    return Predictor(table, sigmas, bool(settings.get("afs", False)), published.backbone, scale, provenance), corrections
+    return Predictor(table, sigmas, afs, published.backbone, scale, provenance), corrections
 
 
 def from_pickle(data: bytes) -> tuple[EPDTable, dict[str, Any]]:
@@ -180,20 +180,25 @@ def from_pickle(data: bytes) -> tuple[EPDTable, dict[str, Any]]:
         raise ValueError(f"no module {'at model' if isinstance(contents, dict) else ''}; valid: a pickled EPD_predictor")
     state = model.state
     r, o, a, w = (parameter(state["_parameters"], name) for name in PARAMETERS)
-    settings = {key: value for key, value in state.items() if not key.startswith("_") and key != "training" and plain(value)}
+    settings = plain_ones({key: value for key, value in state.items() if not key.startswith("_") and key != "training"})
     scale_dir, scale_time = (number(settings, name, 0.0) for name in ("scale_dir", "scale_time"))
     direction, time = within(scale_dir, o), within(scale_time, a)
-    if settings.get("fcn") is True:
+    if flag(settings, "fcn"):
         direction[-1] = 1.0
     match settings.get("sampler_stu"):
         case "epd":
             order = 1
         case "ipndm":
-            order = int(number(settings, "max_order", 4))
+            order = number(settings, "max_order", 4)
+            if order != int(order):
+                raise ValueError(f"max_order: {order}; valid: a whole number")
         case other:
-            raise ValueError(f"sampler_stu: {other!r}; valid: epd or ipndm")
-    return made(r.sigmoid(), w.softmax(-1), direction, time, settings, order), settings
+            raise ValueError(f"sampler_stu: {other!a}; valid: epd or ipndm")
+    return made(r.sigmoid(), w.softmax(-1), direction, time, settings, int(order)), settings
 
+
+MOST_NUMBERS = 1000
+"""In each array of a table: N times K. A published one has 20."""
 
 PARAMETERS = ("r_params", "scale_dir_params", "scale_time_params", "weight_s")
 
@@ -205,18 +210,20 @@ def from_npz(data: bytes) -> tuple[EPDTable, dict[str, Any]]:
             if (size := sum(entry.file_size for entry in archive.infolist())) > LARGEST_FILE:
                 raise ValueError(f"{size} bytes unpacked; valid: at most {LARGEST_FILE}")
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-            found = {name: arrays[name] for name in arrays.files}
-    except (zipfile.BadZipFile, OSError, EOFError, KeyError) as error:
-        raise ValueError(f"not an archive of arrays ({error}); valid: an undamaged .npz") from None
+            found = {name: np.asarray(arrays[name]) for name in arrays.files}
+    except Exception as error:  # whatever numpy and zipfile make of damaged bytes, none of which they execute
+        raise ValueError(f"not an archive of arrays ({str(error)[:200]}); valid: an undamaged .npz") from None
     missing = {"r", "weight"} - set(found)
     if missing:
         raise ValueError(f"no {', '.join(sorted(missing))} among {sorted(found)}; valid: r and weight, (N, K)")
     tables = {name: found.pop(name) for name in ("r", "weight", "scale_dir", "scale_time") if name in found}
-    settings = {name: value.item() for name, value in found.items() if value.ndim == 0}
+    settings = plain_ones({name: value.item() for name, value in found.items() if value.ndim == 0})
     tensors = {name: torch.from_numpy(value.astype(np.float64)) for name, value in tables.items() if value.dtype.kind == "f"}
     if set(tensors) != set(tables):
         raise ValueError(f"arrays of {', '.join(str(value.dtype) for value in tables.values())}; valid: floating-point numbers")
     r, weight = tensors["r"], tensors["weight"]
+    if weight.ndim != 2 or weight.numel() > MOST_NUMBERS:
+        raise ValueError(f"weight: shape {tuple(weight.shape)}; valid: (N, K), at most {MOST_NUMBERS} numbers")
     total = weight.sum(-1, keepdim=True)
     if not torch.allclose(total, torch.ones_like(total), rtol=0, atol=1e-4):
         raise ValueError(f"weight: sums {total.flatten().tolist()}; valid: 1 for each step")
@@ -226,13 +233,17 @@ def from_npz(data: bytes) -> tuple[EPDTable, dict[str, Any]]:
 
 def made(r: Tensor, w: Tensor, o: Tensor, a: Tensor, settings: dict[str, Any], order: int) -> EPDTable:
     """The table, checked against the numbers of steps and points that the file says it has."""
-    for name, value in (("r", r), ("weight", w), ("scale_dir", o), ("scale_time", a)):
+    for name, value, high in (("r", r, 1.0), ("weight", w, None), ("scale_dir", o, math.inf), ("scale_time", a, math.inf)):
+        if value.numel() > MOST_NUMBERS or value.ndim != 2:
+            raise ValueError(f"{name}: shape {tuple(value.shape)}; valid: (N, K), at most {MOST_NUMBERS} numbers")
         if not bool(value.isfinite().all()):
             raise ValueError(f"{name}: a number that is not finite; valid: finite numbers")
+        if high is not None and not bool(((value > 0) & (value < high)).all()):
+            raise ValueError(f"{name}: {value.tolist()}; valid: numbers between 0 and {high:g}")
     table = EPDTable(r, w, o, a, order)
     for name, found in (("num_steps", table.num_steps), ("num_points", table.num_points)):
         if settings.get(name, found) != found:
-            raise ValueError(f"{name}: {settings[name]!r}, and arrays of shape {tuple(r.shape)}; valid: {found}")
+            raise ValueError(f"{name}: {settings[name]!a}, and arrays of shape {tuple(r.shape)}; valid: {found}")
     return table
 
 
@@ -240,7 +251,8 @@ def parameter(parameters: dict[str, Any], name: str) -> Tensor:
     """A parameter in double precision, (N, K)."""
     value = parameters.get(name)
     if not isinstance(value, Tensor) or value.ndim != 2 or not value.is_floating_point():
-        raise ValueError(f"{name}: {tuple(value.shape) if isinstance(value, Tensor) else 'missing'}; valid: (N, K) floats")
+        found = f"{value.dtype}, {tuple(value.shape)}" if isinstance(value, Tensor) else "missing"
+        raise ValueError(f"{name}: {found}; valid: (N, K) floats")
     return value.double()
 
 
@@ -274,26 +286,29 @@ def grid(settings: dict[str, Any], num_steps: int, published: Published) -> Tens
         case "flowmatch":
             return flowmatch(num_steps, low, high, published.shift)
         case other:
-            raise ValueError(f"schedule_type: {other!r}; valid: polynomial, logsnr, time_uniform, discrete, flowmatch")
+            raise ValueError(f"schedule_type: {other!a}; valid: polynomial, logsnr, time_uniform, discrete, flowmatch")
 
 
 def corrected(settings: dict[str, Any], published: Published) -> list[str]:
     """Set the settings right where they are known to be wrong, and say what was."""
-    found = settings.get("img_resolution")
-    if published.backbone.pipeline is None or found in (None, published.resolution):
+    found = number(settings, "img_resolution", published.resolution)
+    if published.backbone.pipeline is None or found == published.resolution:
         return []
     settings["img_resolution"] = published.resolution
     config = settings.get("backend_config")
     if isinstance(config, dict) and "resolution" in config:
         settings["backend_config"] = {**config, "resolution": published.resolution}
-    return [f"img_resolution {found}, corrected to {published.resolution}, that of {published.backbone.name}"]
+    return [f"img_resolution {found:g}, corrected to {published.resolution}, that of {published.backbone.name}"]
 
 
 def guidance(settings: dict[str, Any], published: Published) -> float:
     """Guidance scale of the file; 1 where it has none."""
     if settings.get("guidance_type", "") is None:
         return 1.0
-    return number(settings, "guidance_rate", published.guidance_scale)
+    scale = number(settings, "guidance_rate", published.guidance_scale)
+    if scale < 0:
+        raise ValueError(f"guidance_rate: {scale}; valid: 0 or more")
+    return scale
 
 
 def number(settings: dict[str, Any], name: str, default: float) -> float:
@@ -301,16 +316,52 @@ def number(settings: dict[str, Any], name: str, default: float) -> float:
     value = settings.get(name)
     if value is None:
         return float(default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{name}: {value!r}; valid: a finite number")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name}: {value!a}; valid: a finite number")
     return float(value)
+
+
+def flag(settings: dict[str, Any], name: str) -> bool:
+    """A setting that is true or false; false where there is none."""
+    value = settings.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(f"{name}: {value!a}; valid: true or false")
+    return bool(value)
+
+
+READ = {
+    *("dataset_name", "backend", "img_resolution", "num_steps", "num_points", "sampler_stu", "max_order", "scale_dir"),
+    *("scale_time", "fcn", "afs", "schedule_type", "schedule_rho", "guidance_type", "guidance_rate"),
+}
+"""Settings that decide what a file's numbers mean."""
+
+
+def plain_ones(settings: dict[str, Any]) -> dict[str, Any]:
+    """Those settings that are small values of JSON, or flat dictionaries of such; the others are not read."""
+    if len(settings) > 100:
+        raise ValueError(f"{len(settings)} settings; valid: at most 100")
+    kept = {name: value for name, value in settings.items() if plain(value) or flat(value)}
+    for name in sorted(READ & set(settings)):
+        if not plain(settings[name]):
+            raise ValueError(f"{name}: {described(settings[name])}; valid: a finite number, a short string, true or false")
+    return kept
+
+
+def flat(value: Any) -> bool:
+    """Whether a value is a small dictionary of plain ones: a nested one may be endless."""
+    return isinstance(value, dict) and len(value) <= 100 and all(plain(item) for item in value.values())
 
 
 def plain(value: Any) -> bool:
     """Whether a value is what JSON holds, and small."""
-    if isinstance(value, dict):
-        return len(value) < 100 and all(isinstance(key, str) and plain(item) for key, item in value.items())
-    return value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value))
+    match value:
+        case int():
+            return abs(value) < 2**63
+        case float():
+            return math.isfinite(value)
+        case str():
+            return len(value) <= 1000
+    return value is None
 
 
 if __name__ == "__main__":

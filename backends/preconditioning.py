@@ -1,0 +1,89 @@
+"""What the network of a diffusers pipeline is shown of a state, and what its output says about the data."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from diffusers import DDPMScheduler
+from torch import Tensor
+
+from solvers import discrete_time
+
+Prediction = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
+
+
+@dataclass(frozen=True)
+class Preconditioning:
+    """D(x, sigma) from a network's call, as its own scheduler's configuration describes it.
+
+    A variance-preserving network is shown x / sqrt(1 + sigma^2) and a time in its table of noise levels, between whose entries
+    it is interpolated; a flow network is shown x = (1 - sigma) x0 + sigma eps itself, and the time sigma.
+
+    Attributes:
+        prediction: what the network's output is.
+        times: number of training times; the last is `times` - 1 (variance preserving) or `times` (flow).
+        table: noise levels of a variance-preserving network's times, float64 (times,), increasing; None for a flow network.
+    """
+
+    prediction: Prediction
+    times: int
+    table: Tensor | None
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> "Preconditioning":
+        """From a diffusers scheduler's configuration. Schedulers of flow models name no prediction type, or flow_prediction.
+
+        Raises:
+            ValueError: the configuration describes a network that is none of these.
+        """
+        prediction = config.get("prediction_type", "flow_prediction")
+        if prediction not in get_args(Prediction):
+            raise ValueError(f"prediction_type: {prediction!r}; valid: {', '.join(get_args(Prediction))}")
+        if prediction == "flow_prediction":
+            return cls(prediction, config["num_train_timesteps"], None)
+        if config.get("rescale_betas_zero_snr"):
+            raise ValueError("rescale_betas_zero_snr: True, an infinite noise level; valid: False")
+        names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
+        betas: Tensor = DDPMScheduler(**{name: config[name] for name in names if name in config}).betas
+        kept = (1 - betas.double()).cumprod(0)
+        return cls(prediction, len(betas), ((1 - kept) / kept).sqrt())
+
+    @property
+    def is_flow(self) -> bool:
+        """Whether x = (1 - sigma) x0 + sigma eps, not x0 + sigma eps."""
+        return self.table is None
+
+    @property
+    def sigma_max(self) -> float:
+        """The highest noise level that the network was trained for."""
+        return 1.0 if self.table is None else self.table[-1].item()
+
+    @property
+    def sigma_min(self) -> float:
+        """The lowest one."""
+        return 1 / self.times if self.table is None else self.table[0].item()
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        """The time that the network is shown for noise levels of any shape, float32; levels beyond the table are its ends."""
+        if self.table is None:
+            return (sigma.double() * self.times).float()
+        table = self.table.to(sigma.device)
+        return (discrete_time(sigma.double().clamp(table[0], table[-1]), table) * self.times - 1).float()
+
+    def network_input(self, x: Tensor, sigma: float | Tensor) -> Tensor:
+        """What the network is shown of x (B, ...)."""
+        return x if self.is_flow else x / (1 + sigma**2) ** 0.5
+
+    def denoised(self, x: Tensor, output: Tensor, sigma: float | Tensor) -> Tensor:
+        """D from the network's output at x, all (B, ...)."""
+        match self.prediction:
+            case "epsilon" | "flow_prediction":
+                return x - sigma * output
+            case "v_prediction":
+                return x / (1 + sigma**2) - sigma / (1 + sigma**2) ** 0.5 * output
+            case "sample":
+                return output
+
+    def noised(self, x0: Tensor, noise: Tensor, sigma: float | Tensor) -> Tensor:
+        """The state at a noise level of data x0, (B, ...)."""
+        return (1 - sigma) * x0 + sigma * noise if self.is_flow else x0 + sigma * noise

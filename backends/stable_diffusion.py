@@ -1,0 +1,52 @@
+"""Stable Diffusion 1.5: a U-Net over latents, in noise levels sigma = sqrt((1 - alphas_cumprod) / alphas_cumprod)."""
+
+from collections.abc import Sequence
+
+from diffusers import StableDiffusionPipeline
+from torch import Tensor
+
+from backends.backend import Spec
+from backends.preconditioning import Preconditioning
+from solvers import Denoiser
+
+
+class StableDiffusion:
+    """The frozen model of a StableDiffusionPipeline, as a Backend.
+
+    Args:
+        pipe: with its weights where it is to run.
+        height, width: of the images, in pixels; None: the model's own.
+    """
+
+    def __init__(self, pipe: StableDiffusionPipeline, height: int | None = None, width: int | None = None) -> None:
+        self.pipe = pipe
+        self.preconditioning = Preconditioning.of(pipe.scheduler.config)
+        size, factor = pipe.unet.config.sample_size, pipe.vae_scale_factor
+        own = (size, size) if isinstance(size, int) else size
+        shape = tuple(given // factor if given else n for given, n in zip((height, width), own, strict=True))
+        self.spec = Spec((pipe.unet.config.in_channels, *shape), self.preconditioning.sigma_min, self.preconditioning.sigma_max)
+
+    def denoiser(self, prompts: Sequence[str]) -> Denoiser:
+        unique = list(dict.fromkeys(prompts))
+        rows = [unique.index(prompt) for prompt in prompts]
+        embeds, _ = self.pipe.encode_prompt(unique, self.pipe._execution_device, 1, False)
+        embeds, unet, preconditioning = embeds[rows], self.pipe.unet, self.preconditioning
+
+        def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+            level = sigma.view(-1, 1, 1, 1)
+            output = unet(
+                preconditioning.network_input(x, level).to(embeds.dtype),
+                preconditioning.timestep(sigma),
+                encoder_hidden_states=embeds.repeat(len(x) // len(embeds), 1, 1),
+                return_dict=False,
+            )[0]
+            return preconditioning.denoised(x, output.to(x.dtype), level)
+
+        return denoise
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Latents (B, 4, h, w) -> images (B, 3, H, W) in [0, 1], black where a safety checker says so."""
+        vae = self.pipe.vae
+        images = vae.decode(x.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+        images, _ = self.pipe.run_safety_checker(images, images.device, images.dtype)
+        return (images / 2 + 0.5).clamp(0, 1)

@@ -1,0 +1,479 @@
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+with warnings.catch_warnings():  # of diffusers' and transformers' own imports
+    warnings.simplefilter("ignore")
+    from diffusers import (
+        DiffusionPipeline,
+        EulerDiscreteScheduler,
+        FlowMatchEulerDiscreteScheduler,
+        FluxImg2ImgPipeline,
+        StableDiffusion3Img2ImgPipeline,
+        StableDiffusionImg2ImgPipeline,
+        StableDiffusionInpaintPipeline,
+    )
+    from tiny import TINY, saved, tiny_sd15
+
+    from backends.scheduler import PredictorScheduler, sample
+
+from backends.preconditioning import Preconditioning
+from solvers import (
+    AMED,
+    SOLVERS,
+    Backbone,
+    EPDTable,
+    Multistep,
+    Predictor,
+    flowmatch,
+    load_predictor,
+    logsnr,
+    save_predictor,
+)
+
+STEPS = 4
+PROMPTS = ["a lighthouse at dusk", "a boat"]
+SIZE: dict[str, Any] = {"height": 16, "width": 16}
+VP, FLOW = logsnr(STEPS + 1, 0.03, 14.6), flowmatch(STEPS + 1, 0.01, 1.0, 3.0)
+FAMILIES = list(TINY)
+IMAGE_TO_IMAGE = {
+    "sd15": StableDiffusionImg2ImgPipeline,
+    "sd3": StableDiffusion3Img2ImgPipeline,
+    "flux": FluxImg2ImgPipeline,
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny pipeline of each family, on the disk."""
+    return {name: saved(make(), tmp_path_factory.mktemp(name)) for name, make in TINY.items()}
+
+
+@pytest.fixture
+def pipes(folders: dict[str, Path]) -> Callable[[str], Any]:
+    def load(name: str) -> Any:
+        pipe = DiffusionPipeline.from_pretrained(folders[name])
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return load
+
+
+def numbers(*shape: int) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 0.8 + 0.1
+
+
+def epd(points: int, order: int = 1) -> EPDTable:
+    r, w, o, a = numbers(4, STEPS, points)
+    return EPDTable(r, w / w.sum(-1, keepdim=True), 0.9 + o / 5, 0.9 + a / 5, order)
+
+
+def predictor(table: str, name: str, guidance_scale: float = 3.0) -> Predictor:
+    """epd2, plugin2, multistep1, ... with as many points, and -afs."""
+    kind, afs = table.partition("-")[0], table.endswith("afs")
+    points, sigmas = int(kind[-1]), VP if name == "sd15" else FLOW
+    if kind.startswith("multistep"):
+        student = Multistep(SOLVERS["ipndm_2"], sigmas, points, 2, 0.1).requires_grad_(False)
+        for parameter in student.parameters():
+            parameter += 0.1 * (numbers(*parameter.shape) - 0.5)
+        made, sigmas = student.table(), student.sigmas()
+    else:
+        made = epd(points, 3 if kind.startswith("plugin") else 1)
+    return Predictor(made, sigmas, afs, Backbone("tiny", None, "none"), guidance_scale, {})
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(3)
+
+
+@contextmanager
+def calls(pipe: Any) -> Iterator[list[int]]:
+    """The rows of each call of a pipeline's network."""
+    network, rows = pipe.unet if hasattr(pipe, "unet") else pipe.transformer, []
+
+    def count(module: Any, arguments: Any, named: dict[str, Any], output: Any) -> None:
+        rows.append(len(output[0]))
+
+    hook = network.register_forward_hook(count, with_kwargs=True)
+    yield rows
+    hook.remove()
+
+
+def scheduled(pipe: Any, made: Predictor) -> Any:
+    pipe.scheduler = PredictorScheduler.from_predictor(made, pipe.scheduler)
+    return pipe
+
+
+BOTH = ["epd2", "epd1", "epd3", "plugin2", "multistep1", "multistep2"]
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+@pytest.mark.parametrize(
+    ("name", "table"),
+    [
+        *((name, table) for name in FAMILIES for table in BOTH),
+        *(("sd15", table) for table in ("epd2-afs", "multistep1-afs", "multistep2-afs")),
+    ],
+)
+def test_the_unchanged_pipeline_makes_the_batched_form_s_images(
+    name: str, table: str, guidance_scale: float, pipes: Callable[[str], Any]
+) -> None:
+    pipe, made = pipes(name), predictor(table, name, guidance_scale)
+    rows = len(PROMPTS) * (1 if guidance_scale == 1 or name == "flux" else 2)
+    with calls(pipe) as batched:
+        expected = sample(pipe, made, PROMPTS, generator(), **SIZE, output_type="pt")
+    assert (len(batched), sum(batched)) == (made.serial_evaluations, rows * made.total_evaluations)
+    with calls(scheduled(pipe, made)) as successive:
+        images = pipe(
+            PROMPTS, **SIZE, num_inference_steps=STEPS, guidance_scale=guidance_scale, generator=generator(), output_type="pt"
+        ).images
+    assert successive == [rows] * made.total_evaluations
+    assert float((images - expected).abs().max()) < 3e-6
+    assert float((images[0] - images[1]).abs().max()) > 1e-2  # another prompt, another noise
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_stable_diffusion_s_images_are_those_of_the_formulas(prediction: Any) -> None:
+    """EPD-Solver written naively over the U-Net itself: noise levels, scaling, times and guidance spelled out."""
+    pipe = tiny_sd15(prediction)
+    pipe.set_progress_bar_config(disable=True)
+    made = predictor("epd2", "sd15")
+    levels = ((1 - pipe.scheduler.alphas_cumprod) / pipe.scheduler.alphas_cumprod).sqrt().double()
+    embeds, negative = pipe.encode_prompt("a boat", torch.device("cpu"), 1, True)
+
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        position = (torch.log1p(levels**2) < torch.log1p(sigma**2)).sum().clamp(1, 999)
+        low, high = torch.log1p(levels[position - 1] ** 2), torch.log1p(levels[position] ** 2)
+        time = (position - 1 + (torch.log1p(sigma**2) - low) / (high - low)).clamp(0, 999).float()
+        scaled = (x / (1 + sigma**2).sqrt()).float()
+        outputs = [pipe.unet(scaled, time, encoder_hidden_states=e).sample.double() for e in (negative, embeds)]
+        output = outputs[0] + 3.0 * (outputs[1] - outputs[0])
+        if prediction == "epsilon":
+            return x - sigma * output
+        alpha, std = 1 / (1 + sigma**2).sqrt(), sigma / (1 + sigma**2).sqrt()
+        return alpha * (alpha * x) - std * output
+
+    table = made.table
+    assert isinstance(table, EPDTable)
+    with torch.no_grad():
+        x = VP[0] * torch.randn(1, 4, 8, 8, generator=generator()).double()
+        for n in range(STEPS):
+            sigma, after = VP[n], VP[n + 1]
+            d = (x - denoise(x, sigma)) / sigma
+            step = torch.zeros_like(x)
+            for k in range(2):
+                r, w, o, a = (part[n, k] for part in (table.position, table.weight, table.direction_scale, table.time_scale))
+                tau = after**r * sigma ** (1 - r)
+                y = x + (tau - sigma) * d
+                step += w * o * (y - denoise(y, a * tau)) / tau
+            x = x + (after - sigma) * step
+    scheduled(pipe, made)
+    latents: Any = pipe("a boat", num_inference_steps=STEPS, guidance_scale=3.0, generator=generator(), output_type="latent")
+    assert float((latents.images - x).abs().max()) < 2e-5 * float(x.abs().max())
+
+
+@pytest.mark.parametrize(("name", "table"), [("sd15", "epd2"), ("sd3", "multistep2"), ("flux", "plugin2")])
+def test_arguments_mean_what_they_mean_to_pipelines(name: str, table: str, pipes: Callable[[str], Any]) -> None:
+    pipe, made = pipes(name), predictor(table, name)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(4)]
+    negative = {} if name == "flux" else {"negative_prompt": ["grey", "noise"]}
+    expected = sample(pipe, made, PROMPTS, generators, **negative, num_images_per_prompt=2, **SIZE, output_type="pt")
+    scheduled(pipe, made)
+
+    def images(**arguments: Any) -> Tensor:
+        common = {"num_inference_steps": STEPS, "guidance_scale": 3.0, "output_type": "pt", **SIZE}
+        return pipe(**{**common, **arguments}).images
+
+    generators = [torch.Generator().manual_seed(seed) for seed in range(4)]
+    found = images(prompt=PROMPTS, generator=generators, num_images_per_prompt=2, **negative)
+    assert float((found - expected).abs().max()) < 3e-6
+    alone = {key: value[1] for key, value in negative.items()}
+    one = images(prompt=PROMPTS[1], generator=torch.Generator().manual_seed(3), **alone)
+    assert float((one[0] - found[3]).abs().max()) < 3e-6
+    pictures = sample(pipe, made, PROMPTS, generators, **SIZE, num_images_per_prompt=2)
+    assert [picture.size for picture in pictures] == [(16, 16)] * 4
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_callbacks_see_and_change_the_state(name: str, pipes: Callable[[str], Any]) -> None:
+    """A change of the latents at any evaluation changes the state by as much, and the end where the network says nothing."""
+    made = predictor("epd2", name)
+    pipe = scheduled(pipes(name), made)
+    seen: list[int] = []
+    common = {"num_inference_steps": STEPS, "output_type": "latent", **SIZE}
+
+    def run(change_at: int | None) -> Tensor:
+        def callback(pipe: Any, index: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            seen.append(index)
+            assert float(timestep) == float(pipe.scheduler.timesteps[index])
+            return {"latents": tensors["latents"] + 0.5} if index == change_at else {}
+
+        return pipe("a boat", generator=generator(), callback_on_step_end=callback, **common).images
+
+    network = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+    network.register_forward_hook(lambda module, arguments, output: (torch.zeros_like(output[0]),))
+    plain = run(None)
+    assert seen == list(range(made.total_evaluations))
+    for change_at in (0, 1, 2, 7, 11):
+        assert torch.allclose(run(change_at), plain + 0.5, atol=1e-5)
+
+
+@pytest.mark.parametrize("table", ["epd2", "plugin2", "multistep1"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_image_to_image_starts_at_a_step(name: str, table: str, folders: dict[str, Path], pipes: Callable[[str], Any]) -> None:
+    made = predictor(table, name)
+    pipe = scheduled(pipes(name), made)
+    pipe = IMAGE_TO_IMAGE[name](**pipe.components)
+    pipe.set_progress_bar_config(disable=True)
+    picture = torch.rand(1, 3, 16, 16, generator=generator())
+    common = {"image": picture, "num_inference_steps": STEPS, "generator": generator(), "output_type": "latent", **SIZE}
+    if name == "sd15":
+        del common["height"], common["width"]
+    with calls(pipe) as rows:
+        half = pipe("a boat", strength=0.5, **common).images
+    assert len(rows) == made.total_evaluations // 2
+    assert bool(half.isfinite().all())
+    if table == "epd2":
+        with pytest.raises(ValueError, match=r"begin index: \d+, in the middle of a step; valid: \[0, 3, 6, 9\]"):
+            pipe.scheduler.set_begin_index(7)
+
+
+def test_a_start_in_the_middle_is_the_rest_of_the_way(pipes: Callable[[str], Any]) -> None:
+    """EPD has no memory: from a step's node on, it is a shorter table."""
+    made = predictor("epd2", "sd15")
+    table, rest = made.table, slice(2, None)
+    assert isinstance(table, EPDTable)
+    parts = (table.position, table.weight, table.direction_scale, table.time_scale)
+    r, w, o, a = (part[rest] for part in parts)
+    short = Predictor(EPDTable(r, w, o, a), VP[2:], False, made.backbone, 3.0, {})
+    own = pipes("sd15").scheduler
+    whole, alone = (PredictorScheduler.from_predictor(p, own) for p in (made, short))
+    whole.set_begin_index(6)
+    assert torch.equal(whole.timesteps[6:], alone.timesteps)
+    x0, noise = torch.randn(2, 1, 4, 8, 8, generator=generator())
+    x = whole.add_noise(x0, noise, whole.timesteps[6:7])
+    assert torch.allclose(x, x0 + VP[2].float() * noise)
+    y = x
+    for timestep in alone.timesteps:
+        assert torch.equal(whole.scale_model_input(x, timestep), alone.scale_model_input(y, timestep))
+        x, y = (s.step(torch.tanh(z), timestep, z, return_dict=False)[0] for s, z in ((whole, x), (alone, y)))
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("table", ["multistep1", "multistep2", "plugin2"])
+def test_a_constant_direction_is_followed_exactly_from_the_middle_too(table: str, pipes: Callable[[str], Any]) -> None:
+    """The outputs that a multistep table lacks there are taken to be as the first one, so that a constant one is integrated."""
+    made = predictor(table, "sd15")
+    scheduler = PredictorScheduler.from_predictor(made, pipes("sd15").scheduler)
+    start = next(i for i, e in enumerate(scheduler._evaluations) if float(e.table.sigma) == made.sigmas[2].item() and e.first)
+    scheduler.set_begin_index(start)
+    x = torch.randn(1, 4, 8, 8, generator=generator(), dtype=torch.float64)
+    expected, scale = x.clone(), torch.ones((), dtype=torch.float64)
+    for step in (2, 3):
+        row = made(step, made.sigmas).update
+        expected += (made.sigmas[step + 1] - made.sigmas[step]) * row.sum() * scale
+    for evaluation in scheduler._evaluations[start:]:
+        # the network's output for which d = (y - D) / node is 1
+        output = torch.full_like(x, float(evaluation.table.node_levels[evaluation.i]) / evaluation.shown)
+        x = scheduler.step(output, scheduler.timesteps[start], x, return_dict=False)[0]
+    assert torch.allclose(x, expected, atol=1e-9)
+
+
+def test_inpainting_keeps_what_is_not_masked(pipes: Callable[[str], Any]) -> None:
+    made = predictor("epd2", "sd15")
+    pipe = StableDiffusionInpaintPipeline(**scheduled(pipes("sd15"), made).components)
+    pipe.set_progress_bar_config(disable=True)
+    picture, mask = torch.rand(1, 3, 16, 16, generator=generator()), torch.zeros(1, 1, 16, 16)
+    mask[..., :8] = 1
+    latents: Any = pipe(
+        "a boat", picture, mask, height=16, width=16, num_inference_steps=STEPS, generator=generator(), output_type="latent"
+    )
+    encoded = pipe.vae.encode(2 * picture - 1).latent_dist.mean.detach() * pipe.vae.config.scaling_factor
+    changed, kept = ((latents.images - encoded)[..., part].abs().mean() for part in (slice(0, 4), slice(4, 8)))
+    assert float(kept) < 0.1 * float(changed)
+
+
+def test_the_state_keeps_single_precision_beside_a_half_precision_network(pipes: Callable[[str], Any]) -> None:
+    made = predictor("epd2", "sd15")
+    pipe = pipes("sd15").to(torch.bfloat16)
+    expected = sample(pipe, made, PROMPTS, generator(), output_type="latent")
+    assert expected.dtype == torch.float64
+    common = {"guidance_scale": 3.0, "generator": generator(), "output_type": "latent"}
+    latents = scheduled(pipe, made)(PROMPTS, num_inference_steps=STEPS, **common)
+    assert latents.images.dtype == torch.bfloat16
+    # the network's rounding alone, some 8 bits
+    assert float((latents.images - expected).abs().mean()) < 0.03 * float(expected.abs().mean())
+
+
+@pytest.mark.parametrize("table", ["epd2", "multistep2"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_saved_pipeline_is_the_same_pipeline(name: str, table: str, pipes: Callable[[str], Any], tmp_path: Path) -> None:
+    pipe = scheduled(pipes(name), predictor(table, name))
+    pipe.save_pretrained(tmp_path / "pipe")
+    names = {file.name for file in (tmp_path / "pipe/scheduler").iterdir()}
+    assert names == {"scheduler_config.json", "predictor.json", "predictor.safetensors", "README.md"}
+    index = json.loads((tmp_path / "pipe/model_index.json").read_text())
+    assert index["scheduler"] == ["backends.scheduler", "PredictorScheduler"]
+    again: Any = DiffusionPipeline.from_pretrained(tmp_path / "pipe")
+    again.set_progress_bar_config(disable=True)
+    common = {"num_inference_steps": STEPS, "output_type": "pt", **SIZE}
+    first, second = (p("a boat", generator=generator(), **common).images for p in (pipe, again))
+    assert torch.equal(first, second)
+    alone = PredictorScheduler.from_pretrained(tmp_path / "pipe", subfolder="scheduler")
+    assert torch.equal(alone.timesteps, pipe.scheduler.timesteps)
+    assert torch.equal(load_predictor(tmp_path / "pipe/scheduler").sigmas, alone.predictor.sigmas)
+
+
+def test_other_schedulers_take_its_configuration_and_the_other_way_round(pipes: Callable[[str], Any]) -> None:
+    pipe, made = pipes("sd15"), predictor("epd2", "sd15")
+    scheduler = PredictorScheduler.from_config(pipe.scheduler.config, predictor=made)
+    assert torch.equal(scheduler.timesteps, PredictorScheduler.from_predictor(made, pipe.scheduler).timesteps)
+    other: Any = EulerDiscreteScheduler.from_config(scheduler.config)
+    assert other.config.beta_start == 0.00085
+    assert torch.equal(PredictorScheduler.from_predictor(made, scheduler).timesteps, scheduler.timesteps)
+    with pytest.raises(ValueError, match=r"predictor: none, .*; valid: from_config\(config, predictor=...\)"):
+        PredictorScheduler.from_config(pipe.scheduler.config)
+
+
+def test_what_is_pushed_to_the_hub_is_what_is_loaded_from_it(
+    pipes: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the hub's two calls in place of the hub."""
+    hub: dict[str, bytes] = {}
+
+    def upload(self: Any, folder: str, repo_id: str, **named: Any) -> str:
+        hub.update({f"{repo_id}/{file.name}": file.read_bytes() for file in Path(folder).iterdir()})
+        return repo_id
+
+    def download(repo_id: str, filename: str, subfolder: str | None = None, **named: Any) -> str:
+        file = tmp_path / "cache" / filename
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(hub[f"{repo_id}/{filename}"])
+        return str(file)
+
+    class Created:
+        repo_id = "user/predictor"
+
+    scheduler = scheduled(pipes("sd3"), predictor("multistep2", "sd3")).scheduler
+    monkeypatch.setattr("backends.scheduler.create_repo", lambda *arguments, **named: Created)
+    monkeypatch.setattr(PredictorScheduler, "_upload_folder", upload)
+    scheduler.push_to_hub("predictor")
+    assert hub["user/predictor/README.md"].startswith(b"# ")
+    monkeypatch.setattr("backends.scheduler.hf_hub_download", download)
+    config = json.loads(hub["user/predictor/scheduler_config.json"])
+    monkeypatch.setattr(PredictorScheduler, "load_config", classmethod(lambda *arguments, **named: (config, {}, None)))
+    found = PredictorScheduler.from_pretrained("user/predictor", revision="main")
+    assert torch.equal(found.timesteps, scheduler.timesteps)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_another_number_of_steps_is_refused_before_anything_runs(name: str, pipes: Callable[[str], Any]) -> None:
+    pipe = scheduled(pipes(name), predictor("epd2", name))
+    with calls(pipe) as rows, pytest.raises(ValueError, match="num_inference_steps: 20; valid: 4, the steps of"):
+        pipe("a boat", num_inference_steps=20, **SIZE)
+    assert not rows
+
+
+def test_other_noise_levels_are_refused(pipes: Callable[[str], Any]) -> None:
+    scheduler = PredictorScheduler.from_predictor(predictor("epd2", "flux"), pipes("flux").scheduler)
+    scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25], mu=0.7)  # what FLUX's pipelines give
+    scheduler.set_timesteps(sigmas=FLOW[:-1].tolist())
+    with pytest.raises(ValueError, match=r"sigmas: .*; valid: the grid that the table was made for"):
+        scheduler.set_timesteps(sigmas=[1.0, 0.8, 0.6, 0.1])
+
+
+def test_more_evaluations_than_the_table_has_are_refused(pipes: Callable[[str], Any]) -> None:
+    scheduler = PredictorScheduler.from_predictor(predictor("multistep1", "sd15"), pipes("sd15").scheduler)
+    x = torch.zeros(1, 4, 8, 8)
+    for timestep in scheduler.timesteps:
+        x = scheduler.step(x, timestep, x, return_dict=False)[0]
+    with pytest.raises(ValueError, match="step: more than 4 evaluations; valid: set_timesteps before another image"):
+        scheduler.step(x, scheduler.timesteps[-1], x)
+    scheduler.set_timesteps(STEPS)
+    with pytest.raises(ValueError, match=r"timestep: 3.0; valid: \[998"):
+        scheduler.step(x, 3.0, x)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("sd3", {"sigmas": VP}, "sigmas: from 14.6 on; valid: from 1 on, a flow network's noise"),
+        ("sd15", {"sigmas": logsnr(STEPS + 1, 0.002, 80.0)}, "sigmas: from 80.0 on; valid: at most 14.6"),
+        ("sd3", {"afs": True}, "afs: True; valid: False, since a flow pipeline"),
+        ("sd15", {"table": AMED(STEPS + 1, 4, 0.0, 0.0)}, "family: amed, .*; valid: epd or multistep"),
+    ],
+)
+def test_a_predictor_that_does_not_fit_is_refused(
+    name: str, change: dict[str, Any], message: str, pipes: Callable[[str], Any]
+) -> None:
+    made = Predictor(**{**vars(predictor("epd2", name)), **change})
+    with pytest.raises(ValueError, match=message):
+        PredictorScheduler.from_predictor(made, pipes(name).scheduler)
+    if "at most" in message:
+        PredictorScheduler.from_predictor(made, pipes(name).scheduler, allow=["sigmas"])
+
+
+@pytest.mark.parametrize(
+    ("use", "message"),
+    [
+        ({"guidance_scale": 7.5}, r'guidance_scale: 7.5; valid: 3.0, .* or allow=\["guidance_scale"\]'),
+        ({"output_type": "jpeg"}, "output_type: 'jpeg'; valid: pil, np, pt, latent"),
+        ({"negative_prompt": ["one", "two", "three"]}, "negative_prompt: 3; valid: one, or one for each prompt"),
+    ],
+)
+def test_arguments_of_sample_are_checked(use: dict[str, Any], message: str, pipes: Callable[[str], Any]) -> None:
+    with pytest.raises(ValueError, match=message):
+        sample(pipes("sd15"), predictor("epd2", "sd15"), PROMPTS, **use)
+
+
+def test_a_backbone_is_compared_where_it_can_be(pipes: Callable[[str], Any]) -> None:
+    pipe, made = pipes("sd15"), predictor("epd2", "sd15")
+    other = Predictor(**{**vars(made), "backbone": Backbone("tiny", None, "none", "FluxPipeline")})
+    with pytest.raises(ValueError, match=r'backbone: a StableDiffusionPipeline; valid: a FluxPipeline, .*allow=\["backbone"\]'):
+        sample(pipe, other, "a boat")
+    pipe.register_to_config(_name_or_path="someone/else")
+    with pytest.raises(ValueError, match=r'backbone: someone/else; valid: tiny, .*allow=\["backbone"\]'):
+        sample(pipe, made, "a boat")
+    sample(pipe, made, "a boat", guidance_scale=1.0, allow=["backbone", "guidance_scale"])
+
+
+def test_a_pipeline_of_no_known_family_is_refused(pipes: Callable[[str], Any]) -> None:
+    pipe = StableDiffusionImg2ImgPipeline(**pipes("sd15").components)
+    with pytest.raises(TypeError, match="pipe: StableDiffusionImg2ImgPipeline; valid: StableDiffusionPipeline, "):
+        sample(pipe, predictor("epd2", "sd15"), "a boat")
+
+
+def test_a_predictor_s_folder_is_as_good_as_the_predictor(pipes: Callable[[str], Any], tmp_path: Path) -> None:
+    pipe, made = pipes("sd3"), predictor("epd2", "sd3")
+    save_predictor(made, tmp_path)
+    first, second = (sample(pipe, p, "a boat", generator(), **SIZE, output_type="np") for p in (made, str(tmp_path)))
+    assert (first == second).all()
+    assert first.shape == (1, 16, 16, 3)
+
+
+def test_times_of_the_training_s_noise_levels_are_its_own() -> None:
+    preconditioning = Preconditioning.of(tiny_sd15().scheduler.config)
+    assert preconditioning.table is not None
+    assert torch.allclose(preconditioning.timestep(preconditioning.table), torch.arange(1000.0), atol=1e-3)
+    assert preconditioning.timestep(torch.tensor([1e-5, 1e5])).tolist() == [0, 999]
+    flow = Preconditioning.of(FlowMatchEulerDiscreteScheduler(shift=3.0).config)
+    assert flow.timestep(torch.tensor([1.0, 0.25])).tolist() == [1000, 250]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"prediction_type": "score"}, "prediction_type: 'score'; valid: epsilon, v_prediction, sample, flow_prediction"),
+        ({"prediction_type": "epsilon", "rescale_betas_zero_snr": True}, "rescale_betas_zero_snr: True, .*; valid: False"),
+    ],
+)
+def test_a_network_trained_otherwise_is_refused(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Preconditioning.of(config)
