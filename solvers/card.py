@@ -9,8 +9,8 @@ from solvers.epd import EPDTable
 if TYPE_CHECKING:
     from solvers.predictor import Metric, Predictor
 
-PIPELINE = """from diffusers import DiffusionPipeline
-from backends.scheduler import sample
+PIPELINE = """from backends.scheduler import sample
+from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained({backbone})
 images = sample(pipe, "{folder}", "a lighthouse at dusk")
 """
