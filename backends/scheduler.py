@@ -1,5 +1,6 @@
 """A predictor in a diffusers pipeline: as its scheduler, one evaluation after the other, or a step's points as one batch."""
 
+import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,8 @@ from backends.stable_diffusion_3 import StableDiffusion3
 from solvers import AMED, Predictor, StepTable, integrate, load_predictor, save_predictor
 from solvers.integrate import Outputs, advance, evaluation_state, next_state, output_of, put_analytic
 from solvers.predictor import RECORD, TENSORS, Difference
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -205,19 +208,19 @@ class PredictorScheduler(SchedulerMixin, ConfigMixin):
         return self._begin_index
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Start with this evaluation, a step's first.
+        """Start with this evaluation, a step's first; inside a step, with the next one, and the calls until then are idle.
 
         Raises:
-            ValueError: it is not a step's first.
+            ValueError: there is no step that starts there or later.
         """
         starts = [index for index, evaluation in enumerate(self._evaluations) if evaluation.first]
-        if begin_index not in starts:
-            steps = len(starts)
-            raise ValueError(
-                f"begin index: {begin_index}, in the middle of a step; valid: {starts}, the first evaluations of the "
-                f"predictor's steps (image to image: strength 1 with AFS, else a multiple of 1/{steps})"
-            )
-        self._begin_index = begin_index
+        following = [start for start in starts if start >= begin_index]
+        if begin_index < 0 or not following:
+            where = "where the predictor's steps start (image to image: more strength)"
+            raise ValueError(f"begin index: {begin_index}; valid: {starts}, {where}")
+        self._begin_index, self._start = begin_index, following[0]
+        if idle := self._start - begin_index:
+            LOG.warning("begin index %d is inside a step: starting with the next one, after %d idle calls", begin_index, idle)
 
     def set_timesteps(
         self,
@@ -250,13 +253,14 @@ class PredictorScheduler(SchedulerMixin, ConfigMixin):
         self.timesteps = self.preconditioning.timestep(shown).to(device)
         self._step_index: int | None = None
         self._begin_index: int | None = None
+        self._start = 0
         self._outputs: Outputs = {}
         self._earlier: list[Tensor] = []
         self._missing = 0
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
         """What a variance-preserving network is shown of the pipeline's latents, (B, ...)."""
-        evaluation = self._evaluations[self._current(timestep)]
+        evaluation = self._evaluations[max(self._current(timestep), self._start)]
         x = sample.to(working(sample))
         if evaluation.first:
             x, outputs, _ = self._begun(evaluation, x)
@@ -277,6 +281,9 @@ class PredictorScheduler(SchedulerMixin, ConfigMixin):
         index = self._current(timestep)
         if index >= len(self._evaluations):
             raise ValueError(f"step: more than {len(self._evaluations)} evaluations; valid: set_timesteps before another image")
+        self._step_index = index + 1
+        if index < self._start:
+            return SchedulerOutput(sample) if return_dict else (sample,)
         evaluation = self._evaluations[index]
         table, i = evaluation.table, evaluation.i
         given, output = sample.to(working(sample)), model_output.to(working(sample))
@@ -296,13 +303,12 @@ class PredictorScheduler(SchedulerMixin, ConfigMixin):
         else:
             state = evaluation_state(table, self._evaluations[index + 1].i, self._x, self._outputs)
         self._returned = state.to(sample.dtype)
-        self._step_index = index + 1
         return SchedulerOutput(self._returned) if return_dict else (self._returned,)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Data (B, ...) with noise of the current evaluation's level, or of the level of each timestep (B,)."""
         if self._step_index is not None or self._begin_index is not None:
-            indices = [self._step_index if self._step_index is not None else self._begin_index or 0]
+            indices = [max(self._step_index or 0, self._start)]
         else:
             indices = [self._index_of(timestep) for timestep in timesteps.flatten()]
         last = self.predictor.sigmas[-1].item()

@@ -22,7 +22,9 @@ from solvers.multistep import MultistepTable
 from solvers.table import Form, Solver, StepTable
 
 FORMAT_VERSION = 1
+LARGEST_NUMBER = 10**15
 TENSORS, RECORD, CARD = "predictor.safetensors", "predictor.json", "README.md"
+
 FILES = (TENSORS, RECORD, CARD)
 """What a predictor's folder holds."""
 
@@ -394,6 +396,8 @@ def _require_types(values: dict[str, Any], types: dict[str, Any], path: Path) ->
         kinds = get_args(kind) or (kind,)
         valid = " or ".join(possible.__name__ for possible in kinds)
         _require(type(values[key]) in kinds, path, f"{key}: {values[key]!r}", f"{key} of type {valid}")
+        if type(values[key]) is int:  # the record may say any number, for which something would be made
+            _require(abs(values[key]) <= LARGEST_NUMBER, path, f"{key}: a number beyond {LARGEST_NUMBER}", "a smaller one")
 
 
 def _require(holds: bool, place: Path, found: str, valid: str) -> None:

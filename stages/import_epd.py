@@ -26,7 +26,7 @@ from solvers import (
     save_predictor,
     time_uniform,
 )
-from solvers.epd import within
+from solvers.epd import check_scales, within
 from stages.files import atomic
 from stages.unpickle import LARGEST_FILE, Inert, RefusedError, described, read_pickle
 
@@ -151,12 +151,15 @@ def imported(
         raise ValueError(f"{file}: sha256 {found}; valid: {sha256}")
     try:
         table, settings = from_npz(data) if data.startswith(b"PK") else from_pickle(data)
-        key = backbone or recognised(settings)
+        named = recognised(settings)
+        key = backbone or named
         if key not in BACKBONES:
             raise ValueError(f"backbone: {key!a}; valid: --backbone, one of {', '.join(BACKBONES)}")
         published = BACKBONES[key]
         sigmas = grid(settings, table.num_steps, published)
         corrections = corrected(settings, published)
+        if named not in (None, key):
+            corrections.append(f"made for {named!a}, taken for {key} as asked")
         afs, scale = flag(settings, "afs"), guidance(settings, published)
     except (RefusedError, ValueError, OverflowError) as error:
         raise ValueError(f"{file}: {error}") from None
@@ -182,6 +185,7 @@ def from_pickle(data: bytes) -> tuple[EPDTable, dict[str, Any]]:
     r, o, a, w = (parameter(state["_parameters"], name) for name in PARAMETERS)
     settings = plain_ones({key: value for key, value in state.items() if not key.startswith("_") and key != "training"})
     scale_dir, scale_time = (number(settings, name, 0.0) for name in ("scale_dir", "scale_time"))
+    check_scales(scale_dir=scale_dir, scale_time=scale_time)
     direction, time = within(scale_dir, o), within(scale_time, a)
     if flag(settings, "fcn"):
         direction[-1] = 1.0

@@ -223,6 +223,7 @@ def tamper(folder: Path) -> None:
         (edit_record(settings={}), r"settings: keys \[\]; valid: \['max_order'\]"),
         (edit_record(settings={"max_order": 7}), r"settings.max_order: 7; valid: 1 to 4"),
         (edit_record(settings={"max_order": True}), "max_order: True; valid: max_order of type int"),
+        (edit_record(num_steps=10**400), "num_steps: a number beyond"),
         (edit_record(num_points=0), "num_points: 0; valid: 1 or more"),
         (edit_record(guidance_scale=-5.0), "guidance_scale: -5.0; valid: 0 or more, finite"),
         (edit_record(guidance_scale=float("nan")), "guidance_scale: nan; valid: 0 or more, finite"),

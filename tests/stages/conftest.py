@@ -1,5 +1,7 @@
+import logging
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +65,35 @@ def upstream(finished: Path, workspace: Workspace) -> Path:
     folder = workspace(small())
     shutil.copytree(finished, folder, dirs_exist_ok=True)
     return folder
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    """An S3 server on this machine; requests with any credentials may do everything, others what a bucket's policy allows."""
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.CRITICAL)
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    yield "http://{}:{}".format(*server.get_host_and_port())
+    server.stop()
+
+
+@pytest.fixture
+def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """A new bucket there, with credentials and the endpoint in the environment, and no configuration of the user's."""
+    from moto.backends import get_backend
+
+    name = f"bucket-{len(get_backend('s3')['123456789012']['aws'].buckets)}"
+    for variable in [variable for variable in os.environ if variable.startswith("AWS_")]:
+        monkeypatch.delenv(variable)
+    environment = {"NO_PROXY": "127.0.0.1", "AWS_ENDPOINT_URL": endpoint, "AWS_DEFAULT_REGION": "us-east-1"}
+    environment |= {"AWS_ACCESS_KEY_ID": "recognisable-key", "AWS_SECRET_ACCESS_KEY": "recognisable-secret"}
+    environment |= {"AWS_SESSION_TOKEN": "recognisable-token", "HOME": str(tmp_path / "home"), "TERM": "dumb"}
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
+    get_backend("s3")["123456789012"]["aws"].create_bucket(name, "us-east-1")
+    return name
 
 
 def plan(samplers: list[str]) -> list[tuple[str, list[str]]]:

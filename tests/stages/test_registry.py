@@ -1,0 +1,836 @@
+"""Publishing and pulling, on an S3 server of this machine and in a folder; nothing here leaves the machine."""
+
+import errno
+import hashlib
+import http.client
+import json
+import os
+import pickle
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from moto.backends import get_backend
+from typer.testing import CliRunner
+
+from solvers import EPD, EPDTable, Predictor, load_predictor, polynomial, save_predictor
+from solvers.predictor import FILES, Backbone
+from stages import publish, pull, registry, remote
+from stages.registry import Registry, RegistryError, encode, parse
+
+ROOT = Path(__file__).parents[2]
+HIDDEN = ("recognisable-key", "recognisable-secret", "recognisable-token")
+
+
+@pytest.fixture(params=["s3", "file"])
+def url(request: pytest.FixtureRequest, bucket: str, tmp_path: Path) -> str:
+    return f"s3://{bucket}/predictors" if request.param == "s3" else f"file://{tmp_path}/predictors"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return make(tmp_path / "first", 1)
+
+
+def make(folder: Path, seed: int) -> Path:
+    table = EPD(4, 2, scale_dir=0.05, scale_time=0.05).table()
+    table = EPDTable(
+        table.position.detach(), table.weight.detach(), table.direction_scale.detach(), table.time_scale.detach() + seed / 100
+    )
+    predictor = Predictor(table, polynomial(4, 0.002, 80.0), True, Backbone("digits", "0" * 64, "none"), 1.0, {"seed": seed})
+    folder.mkdir()
+    save_predictor(predictor, folder)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_what_is_pulled_is_what_was_published(url: str, folder: Path, tmp_path: Path) -> None:
+    (folder / "notes.txt").write_text("not of a predictor")
+    before = contents(folder)
+    Registry(url).publish(folder, "rdpo", "v1.0.0")
+    assert Registry(url).pull("rdpo", "v1.0.0", tmp_path / "new" / "out") == "v1.0.0"
+    found = contents(tmp_path / "new" / "out")
+    assert set(found) == set(FILES)
+    assert found["predictor.safetensors"] == before["predictor.safetensors"]
+    assert found["predictor.json"] == before["predictor.json"]
+    assert contents(folder) == before
+    assert load_predictor(tmp_path / "new" / "out").provenance == {"seed": 1}
+
+
+def test_the_published_card_says_how_to_fetch_it(url: str, folder: Path, tmp_path: Path) -> None:
+    found = Registry(url)
+    lines = f"```sh\npython -m stages.pull rdpo@v1.0.0 --remote {url} --out A\n```\n"
+    for version, card, expected in (
+        ("v1.0.0", "# A\n\n## Use\n\nSo.\n", f"# A\n\n## Use\n\n{lines}\nSo.\n"),
+        ("v2.0.0", "# A\n", f"# A\n\n## Fetch\n\n{lines}".replace("v1", "v2")),
+    ):
+        (folder / "README.md").write_text(card)
+        sha256 = found.publish(folder, "rdpo", version)
+        found.pull("rdpo", version, tmp_path / "out")
+        assert (tmp_path / "out" / "README.md").read_text() == expected
+        assert found.publish(tmp_path / "out", "rdpo", version) == sha256  # what was pulled is the same content
+
+
+def test_the_same_again_does_nothing_but_what_is_new(url: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = Registry(url).publish(folder, "rdpo", "v1.0.0")
+    assert capsys.readouterr().err == ""
+    assert Registry(url + "/").publish(folder, "rdpo", "v1.0.0", stage="prod") == first
+    assert "published already with the same content" in capsys.readouterr().err
+    assert Registry(url).resolve("rdpo", "prod") == "v1.0.0"
+
+
+def test_a_version_never_changes(url: str, folder: Path, tmp_path: Path) -> None:
+    found = Registry(url)
+    first = found.publish(folder, "rdpo", "v1.0.0")
+    second = make(tmp_path / "second", 2)
+    with pytest.raises(RegistryError, match=f"other content, record sha256 {first}; this one has [0-9a-f]{{64}}; valid: "):
+        found.publish(second, "rdpo", "v1.0.0", stage="prod")
+    found.pull("rdpo", "v1.0.0", tmp_path / "out")
+    assert load_predictor(tmp_path / "out").provenance == {"seed": 1}
+    with pytest.raises(RegistryError, match=r"found no rdpo@prod; valid: v1.0.0"):
+        found.resolve("rdpo", "prod")
+
+
+def test_stages_move_and_latest_is_the_highest_release(url: str, folder: Path, tmp_path: Path) -> None:
+    found = Registry(url)
+    found.publish(folder, "rdpo", "v2.0.0-rc.2", stage="prod")
+    found.publish(folder, "rdpo", "v2.0.0-rc.10")
+    assert found.resolve("rdpo", "latest") == "v2.0.0-rc.10"
+    found.publish(folder, "rdpo", "v1.9.0")
+    found.publish(make(tmp_path / "second", 2), "rdpo", "v1.10.0", stage="prod")
+    assert found.resolve("rdpo", "latest") == "v1.10.0"
+    assert found.resolve("rdpo", "prod") == "v1.10.0"
+    assert found.pull("rdpo", "prod", tmp_path / "out") == "v1.10.0"
+    assert load_predictor(tmp_path / "out").provenance == {"seed": 2}
+    found.publish(folder, "other", "v9.0.0")
+    assert found.resolve("rdpo", "latest") == "v1.10.0"
+    with pytest.raises(RegistryError, match=r"found no rdpo@v3.0.0; valid: v1.9.0, v1.10.0, v2.0.0-rc.2, v2.0.0-rc.10, prod"):
+        found.pull("rdpo", "v3.0.0", tmp_path / "out")
+    with pytest.raises(RegistryError, match=r"found no rdpo@stable; valid: v1.9.0"):
+        found.resolve("rdpo", "stable")
+    for version in ("v1.0.0", "latest", "prod"):
+        with pytest.raises(RegistryError, match=r"found no none; valid: other, rdpo"):
+            found.pull("none", version, tmp_path / "out")
+
+
+def test_a_sha256_pins_the_record(url: str, folder: Path, tmp_path: Path) -> None:
+    found = Registry(url)
+    sha256 = found.publish(folder, "rdpo", "v1.0.0")
+    assert found.pull("rdpo", "v1.0.0", tmp_path / "out", sha256) == "v1.0.0"
+    with pytest.raises(RegistryError, match=rf"sha256 {sha256}; valid: {'0' * 64}, as asked for"):
+        found.pull("rdpo", "v1.0.0", tmp_path / "out", "0" * 64)
+
+
+# What lies at the remote is not trusted
+
+RECORD = "rdpo/versions/v1.0.0.json"
+Damage = Callable[[Registry], None]
+
+
+def entries(found: Registry) -> dict[str, dict[str, object]]:
+    return json.loads(found.remote.read(RECORD, 10**6))["files"]
+
+
+def place(found: Registry, file: str) -> str:
+    return f"rdpo/objects/{entries(found)[file]['sha256']}"
+
+
+def edit_object(file: str, change: Callable[[bytes], bytes]) -> Damage:
+    return lambda found: found.remote.write(place(found, file), change(found.remote.read(place(found, file), 10**6)))
+
+
+def swap(file: str, other: str) -> Damage:
+    """Put an object in another's place."""
+    return lambda found: found.remote.write(place(found, file), found.remote.read(place(found, other), 10**6))
+
+
+def edit_record(change: Callable[[str], str]) -> Damage:
+    def damage(found: Registry) -> None:
+        record = found.remote.read(RECORD, 10**6).decode()
+        assert change(record) != record
+        found.remote.write(RECORD, change(record).encode())
+
+    return damage
+
+
+def edit_entry(**changes: object) -> Damage:
+    """Change an entry of the record, which is otherwise as publishing writes it."""
+
+    def damage(found: Registry) -> None:
+        record = json.loads(found.remote.read(RECORD, 10**6))
+        record["files"]["predictor.json"] |= changes
+        found.remote.write(RECORD, (json.dumps(record, indent=2) + "\n").encode())
+
+    return damage
+
+
+def forge(file: str, data: bytes) -> Damage:
+    """Replace a file, with a record that agrees."""
+
+    def damage(found: Registry) -> None:
+        files = {file: found.remote.read(place(found, file), 10**6) for file in FILES} | {file: data}
+        found.remote.write(f"rdpo/objects/{hashlib.sha256(data).hexdigest()}", data)
+        found.remote.write(RECORD, encode("rdpo", "v1.0.0", files))
+
+    return damage
+
+
+def check_refusal(url: str, damage: Damage, message: str, folder: Path, tmp_path: Path) -> None:
+    """Nothing of it is pulled, and what was there before is left alone."""
+    found = Registry(url)
+    found.publish(folder, "rdpo", "v1.0.0")
+    damage(found)
+    out = tmp_path / "at" / "out"
+    shutil.copytree(folder, out)
+    before = contents(out)
+    with pytest.raises(RegistryError, match=message):
+        found.pull("rdpo", "v1.0.0", out)
+    assert contents(out) == before
+    assert list(out.parent.iterdir()) == [out]
+
+
+OTHER = r"objects/[0-9a-f]*: .* bytes, sha256 .*; valid: .* bytes with that of its name"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        *((edit_object(file, lambda data: b"x" + data[1:]), OTHER) for file in FILES),
+        *((edit_object(file, lambda data: data[:-1]), OTHER) for file in FILES),
+        (edit_object("README.md", lambda data: data + b"x"), "objects/.*: more than .* bytes, sha256 .*; valid: .* bytes"),
+        (edit_object("README.md", lambda data: b""), "objects/.*: 0 bytes, sha256 .*; valid: .* bytes"),
+        (swap("predictor.json", "README.md"), OTHER),
+        (edit_entry(sha256="0" * 64), f"objects/{'0' * 64}: missing, though {RECORD} names it as its predictor.json"),
+    ],
+)
+def test_objects_that_were_tampered_with_are_refused(
+    url: str, damage: Damage, message: str, folder: Path, tmp_path: Path
+) -> None:
+    check_refusal(url, damage, message, folder, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        edit_record(lambda text: text.replace("README.md", "../x")),
+        edit_record(lambda text: text.replace("README.md", "/etc/x")),
+        edit_record(lambda text: text.replace('"predictor.json"', '"predictor.pkl"')),
+        edit_record(lambda text: text.replace("rdpo", "other")),
+        edit_record(lambda text: text.replace("v1.0.0", "v0.9.0")),
+        edit_record(lambda text: text.replace('"format_version": 1', '"format_version": 2')),
+        edit_record(lambda text: text.replace('"format_version": 1', '"format_version": true')),
+        edit_record(lambda text: text.replace('"name"', '"extra": 1, "name"')),
+        edit_record(lambda text: text.replace('"name"', '"name": "rdpo", "name"')),
+        edit_record(lambda text: "[" * 4000),
+        edit_record(lambda text: "[]"),
+        edit_record(lambda text: text[:-2]),
+        edit_record(lambda text: text + " " * 10**6),
+        edit_record(lambda text: ""),
+        edit_entry(size=2**24 + 1),
+        edit_entry(size=-1),
+        edit_entry(size=True),
+        edit_entry(size=553.0),
+        edit_entry(size="553"),
+        edit_entry(sha256="../../x"),
+        edit_entry(sha256="A" * 64),
+        edit_entry(sha256=None),
+    ],
+)
+def test_records_that_were_tampered_with_are_refused(damage: Damage, folder: Path, tmp_path: Path) -> None:
+    message = r"versions/v1.0.0.json: found .*; valid: the record of rdpo@v1.0.0, with sha256 and size \(at most 16777216\)"
+    check_refusal(f"file://{tmp_path}/predictors", damage, message, folder, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "data", "message"),
+    [
+        ("predictor.safetensors", pickle.dumps({}), "predictor.safetensors: sha256"),
+        ("predictor.json", b"[" * 10**5, "^rdpo@v1.0.0.* recursion depth"),
+        ("predictor.json", b"\xff", "predictor.json: not JSON"),
+        ("predictor.json", b"{}", "predictor.json: "),
+    ],
+)
+def test_what_is_no_predictor_is_not_pulled(file: str, data: bytes, message: str, folder: Path, tmp_path: Path) -> None:
+    check_refusal(f"file://{tmp_path}/predictors", forge(file, data), message, folder, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "pointer",
+    [b"", b"[]", b'{"version": "v1.0.0", "x": 1}', b'{"version": "../x"}', b'{"version": "v1.0"}', b'{"version": "\xff"}'],
+)
+def test_a_stage_that_points_nowhere_is_refused(pointer: bytes, folder: Path, tmp_path: Path) -> None:
+    found = Registry(f"file://{tmp_path}/predictors")
+    found.publish(folder, "rdpo", "v1.0.0", stage="prod")
+    found.remote.write("rdpo/stages/prod.json", pointer)
+    with pytest.raises(RegistryError, match=r'prod.json: found .*; valid: {"version": "v1.0.0"}'):
+        found.resolve("rdpo", "prod")
+
+
+# What is refused before the network is used
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch, bucket: str) -> None:
+    def fail(*args: object) -> None:
+        raise AssertionError("the network was used")
+
+    monkeypatch.setattr(remote.Bucket, "_tried", fail)
+
+
+@pytest.mark.parametrize("name", ["", "Rdpo", "a/b", "..", "a.b", "-a", "a-", "a_b", "a\n", "é", "a b"])
+@pytest.mark.usefixtures("no_network")
+def test_bad_names_are_refused(name: str, folder: Path, tmp_path: Path) -> None:
+    found = Registry("s3://bucket")
+    with pytest.raises(RegistryError, match=r"name: found .*; valid: a to z"):
+        found.publish(folder, name, "v1.0.0")
+    with pytest.raises(RegistryError, match=r"name: found .*; valid: a to z"):
+        found.pull(name, "v1.0.0", tmp_path / "out")
+    with pytest.raises(RegistryError, match=r"stage: found .*; valid: a to z"):
+        found.publish(folder, "rdpo", "v1.0.0", stage=name)
+    with pytest.raises(RegistryError, match=r"stage: found .*; valid: a to z"):
+        found.resolve("rdpo", name)
+
+
+@pytest.mark.parametrize(
+    "version",
+    ["", "1.0.0", "v1.0", "v01.0.0", "v1.0.0+build", "v1.0.0\n", "v1.0.0/../x", "latest", "prod", "v１.0.0", "v" + "1" * 5000],
+)
+@pytest.mark.usefixtures("no_network")
+def test_bad_versions_are_refused(version: str, folder: Path) -> None:
+    with pytest.raises(RegistryError, match=r"version: found .*; valid: as v1.0.0 or v1.0.0-rc.1"):
+        Registry("s3://bucket").publish(folder, "rdpo", version)
+
+
+@pytest.mark.usefixtures("no_network")
+def test_latest_is_no_stage(folder: Path) -> None:
+    with pytest.raises(RegistryError, match=r"stage: found 'latest'; valid: .*; not 'latest'"):
+        Registry("s3://bucket").publish(folder, "rdpo", "v1.0.0", stage="latest")
+
+
+@pytest.mark.parametrize("sha256", ["", "0" * 63, "0" * 65, "g" * 64])
+@pytest.mark.usefixtures("no_network")
+def test_a_bad_sha256_is_refused(sha256: str, tmp_path: Path) -> None:
+    with pytest.raises(RegistryError, match=r"sha256: found .*; valid: 64 hexadecimal digits"):
+        Registry("s3://bucket").pull("rdpo", "v1.0.0", tmp_path / "out", sha256)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("", "models", "/models", "file://models", "file://host/models", "file:///a\nb", "https://bucket/x", "gs://bucket/x"),
+        *("s3://", "s3://b", "s3://Bucket/x", "s3://bucket//x", "s3://bucket/..", "s3://bucket/a/../b", "s3://bucket/./b"),
+        *("s3://bucket/a?versionId=1", "s3://bucket/a#b", "s3://bucket\n", "s3::file:///x"),
+    ],
+)
+@pytest.mark.usefixtures("no_network")
+def test_bad_remotes_are_refused(url: str) -> None:
+    with pytest.raises(RegistryError, match=r"remote: found .*; valid: s3://BUCKET/PREFIX, .*, or file:///FOLDER"):
+        Registry(url)
+
+
+@pytest.mark.parametrize("url", ["s3://ab:hidden@bucket/x", "https://ab:hid@den@bucket/", "s3://bucket/x?secret=hidden"])
+@pytest.mark.usefixtures("no_network")
+def test_credentials_in_a_remote_are_refused_and_not_repeated(url: str) -> None:
+    with pytest.raises(RegistryError, match="found a URL with credentials or a query in it") as caught:
+        Registry(url)
+    assert "hid" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("no_network")
+def test_credentials_are_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    with pytest.raises(RegistryError, match="no AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment; valid: both"):
+        Registry("s3://bucket")
+    Registry("s3://bucket", anonymous=True)
+
+
+def damaged(folder: Path) -> None:
+    (folder / "predictor.safetensors").write_bytes(b"x")
+
+
+def without_card(folder: Path) -> None:
+    (folder / "README.md").unlink()
+
+
+def not_text(folder: Path) -> None:
+    (folder / "README.md").write_bytes(b"\xff")
+
+
+def large(folder: Path) -> None:
+    (folder / "README.md").write_bytes(bytes(2**24 + 1))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (damaged, "first/predictor.safetensors: sha256 .*; valid: .*, as its record says"),
+        (
+            without_card,
+            "first/README.md: missing; valid: a predictor's folder, with predictor.safetensors, ",
+        ),
+        (not_text, "first/README.md: .*; valid: a text in UTF-8"),
+        (large, "first/README.md: more than 16777216 bytes; valid: at most as many"),
+        (shutil.rmtree, "first/predictor.safetensors: missing; valid: a predictor's folder"),
+    ],
+)
+@pytest.mark.usefixtures("no_network")
+def test_what_is_no_predictor_is_not_published(spoil: Callable[[Path], None], message: str, folder: Path) -> None:
+    spoil(folder)
+    with pytest.raises(RegistryError, match=message):
+        Registry("s3://bucket").publish(folder, "rdpo", "v1.0.0")
+
+
+def test_names_with_versions() -> None:
+    assert parse("rdpo@v1.0.0-rc.1") == ("rdpo", "v1.0.0-rc.1")
+    assert parse("rdpo@latest") == ("rdpo", "latest")
+    assert parse("rdpo@prod") == parse("rdpo#prod") == ("rdpo", "prod")
+    for spec in ("rdpo", "rdpo@", "@v1.0.0", "rdpo#latest", "rdpo#v1.0.0", "rdpo@v1.0.0@prod", "rdpo#prod#1", "", "#"):
+        with pytest.raises(RegistryError, match=r"predictor: found .*; valid: NAME@v1.0.0, NAME@latest"):
+            parse(spec)
+
+
+# The folder that is pulled to
+
+
+def other_file(out: Path) -> None:
+    (out / "notes.txt").write_text("precious")
+
+
+def other_folder(out: Path) -> None:
+    (out / "predictor.json").unlink()
+    (out / "predictor.json").mkdir()
+
+
+def a_file(out: Path) -> None:
+    shutil.rmtree(out)
+    out.write_text("precious")
+
+
+def a_link(out: Path) -> None:
+    out.rename(out.with_name("precious"))
+    out.symlink_to("precious")
+
+
+@pytest.mark.parametrize("spoil", [other_file, other_folder, a_file, a_link])
+@pytest.mark.usefixtures("no_network")
+def test_what_is_no_predictor_is_not_replaced(spoil: Callable[[Path], None], folder: Path, tmp_path: Path) -> None:
+    spoil(folder)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(RegistryError, match=r"first: found .*; valid: a new folder, an empty one, or a predictor's"):
+        Registry("s3://bucket").pull("rdpo", "v1.0.0", folder)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_empty_and_older_folders_are_replaced(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Registry(f"file://{tmp_path}/predictors")
+    found.publish(folder, "rdpo", "v1.0.0")
+    out = tmp_path / "at" / "out"
+    out.mkdir(parents=True)
+    found.pull("rdpo", "v1.0.0", out)
+    (out / "README.md").write_text("older")
+    monkeypatch.chdir(out.parent)
+    found.pull("rdpo", "v1.0.0", Path("out"))
+    assert (out / "README.md").read_text() != "older"
+    assert list(out.parent.iterdir()) == [out]
+
+
+def test_several_may_pull_to_the_same_folder_at_once(folder: Path, tmp_path: Path) -> None:
+    url, out = f"file://{tmp_path}/predictors", tmp_path / "at" / "out"
+    Registry(url).publish(folder, "rdpo", "v1.0.0")
+    Registry(url).publish(make(tmp_path / "second", 2), "rdpo", "v2.0.0")
+    errors = at_once([lambda v=version: Registry(url).pull("rdpo", v, out) for version in ("v1.0.0", "v2.0.0") * 4])
+    assert errors == []
+    assert load_predictor(out).provenance["seed"] in (1, 2)
+    assert list(out.parent.iterdir()) == [out]
+
+
+def at_once(calls: list[Callable[[], object]]) -> list[Exception]:
+    """What calls raise that run at the same time."""
+    errors = []
+
+    def run(call: Callable[[], object]) -> None:
+        try:
+            call()
+        except RegistryError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(call,)) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return errors
+
+
+@pytest.mark.parametrize(("code", "message"), [(errno.ENOSPC, "No space left on device"), (errno.EACCES, "Permission denied")])
+def test_what_the_disk_refuses_is_told(
+    code: int, message: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, data: bytes) -> None:
+        path.write_bytes(data[:1])
+        raise OSError(code, os.strerror(code))
+
+    Registry(f"file://{tmp_path}/predictors").publish(folder, "rdpo", "v1.0.0")
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(remote, "write", full)
+    with pytest.raises(RegistryError, match=message):
+        Registry(f"file://{tmp_path}/predictors").publish(folder, "rdpo", "v2.0.0")
+    monkeypatch.setattr(registry, "write", full)
+    with pytest.raises(RegistryError, match=f"first: {message}"):
+        Registry(f"file://{tmp_path}/predictors").pull("rdpo", "v1.0.0", folder)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_older_predictor_comes_back_if_the_new_one_cannot_take_its_place(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = Path.rename
+
+    def fail(path: Path, target: Path) -> Path:
+        if path.name == "new":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return rename(path, target)
+
+    Registry(f"file://{tmp_path}/predictors").publish(make(tmp_path / "second", 2), "rdpo", "v1.0.0")
+    before, files = contents(folder), sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(RegistryError, match="first: Input/output error"):
+        Registry(f"file://{tmp_path}/predictors").pull("rdpo", "v1.0.0", folder)
+    assert contents(folder) == before
+    assert sorted(tmp_path.rglob("*")) == files
+
+
+def test_a_folder_below_a_file_is_told(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RegistryError, match=r"file/predictors/rdpo/versions/v1.0.0.json: Not a directory"):
+        Registry(f"file://{tmp_path}/file/predictors").publish(folder, "rdpo", "v1.0.0")
+    Registry(f"file://{tmp_path}/predictors").publish(folder, "rdpo", "v1.0.0")
+    with pytest.raises(RegistryError, match="file/out: "):
+        Registry(f"file://{tmp_path}/predictors").pull("rdpo", "v1.0.0", tmp_path / "file" / "out")
+
+
+# Several publishers, and those that die
+
+
+def test_of_publishers_at_once_one_wins(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = [make(tmp_path / str(seed), seed) for seed in range(4)]
+    together = threading.Barrier(len(folders))
+    kind = type(Registry(url).remote)
+    create = kind.create
+
+    def wait(self: remote.Remote, path: str, data: bytes) -> None:
+        together.wait(20)  # all have uploaded, and none has seen another's record
+        create(self, path, data)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(kind, "create", wait)
+    errors = at_once([lambda f=folder: Registry(url).publish(f, "rdpo", "v1.0.0") for folder in folders])
+    assert len(errors) == 3
+    assert all("published already with other content" in str(error) for error in errors)
+    Registry(url).pull("rdpo", "v1.0.0", tmp_path / "out")
+    seed = load_predictor(tmp_path / "out").provenance["seed"]
+    assert contents(tmp_path / "out")["predictor.safetensors"] == contents(folders[seed])["predictor.safetensors"]
+
+
+def test_publishers_of_the_same_at_once_all_succeed(url: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Registry(url)
+    create = found.remote.create
+
+    def lost_answer(path: str, data: bytes) -> None:
+        create(path, data)
+        create(path, data)
+
+    monkeypatch.setattr(found.remote, "create", lost_answer)
+    assert found.publish(folder, "rdpo", "v1.0.0") == Registry(url).publish(folder, "rdpo", "v1.0.0")
+
+
+DYING = """
+import sys, time
+from stages import remote
+from stages.registry import Registry
+
+def create(self, path, data):
+    print("before the record", flush=True)
+    time.sleep(60)
+
+remote.Bucket.create = remote.Folder.create = create
+Registry(sys.argv[1]).publish(sys.argv[2], "rdpo", "v1.0.0", "prod")
+"""
+
+
+def test_a_publisher_that_is_killed_leaves_no_version(url: str, folder: Path, tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", DYING, url, folder], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    with process:
+        assert process.stdout
+        assert process.stdout.readline() == "before the record\n"
+        process.send_signal(signal.SIGKILL)
+    assert len(Registry(url).remote.names("rdpo/objects")) == 3
+    for version in ("v1.0.0", "latest", "prod"):
+        with pytest.raises(RegistryError, match="found no rdpo; valid: none yet"):
+            Registry(url).pull("rdpo", version, tmp_path / "out")
+    Registry(url).publish(folder, "rdpo", "v1.0.0", "prod")
+    assert Registry(url).pull("rdpo", "prod", tmp_path / "out") == "v1.0.0"
+
+
+# The network
+
+
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Those that would have been made."""
+    found: list[float] = []
+    monkeypatch.setattr(time, "sleep", found.append)
+    return found
+
+
+def test_a_missing_bucket_is_told_at_once(bucket: str, folder: Path, tmp_path: Path, pauses: list[float]) -> None:
+    found = Registry("s3://missing/x")
+    for call in (
+        lambda: found.publish(folder, "rdpo", "v1.0.0"),
+        lambda: found.pull("rdpo", "v1.0.0", tmp_path / "out"),
+        lambda: found.pull("rdpo", "latest", tmp_path / "out"),
+    ):
+        with pytest.raises(RegistryError, match=r"^s3://missing/x: no such bucket; check its name and AWS_ENDPOINT_URL$"):
+            call()
+    assert pauses == []
+
+
+READ_ALL = {"Effect": "Allow", "Principal": "*", "Action": ["s3:GetObject", "s3:ListBucket"]}
+
+
+def test_anonymous_readers_need_a_public_bucket(
+    bucket: str, folder: Path, tmp_path: Path, pauses: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"s3://{bucket}/predictors"
+    Registry(url).publish(folder, "rdpo", "v1.0.0")
+    for variable in remote.SECRETS:
+        monkeypatch.delenv(variable)
+    with pytest.raises(RegistryError, match=r"access denied, reading rdpo/versions/v1.0.0.json \(.*\); check the AWS_\* cred"):
+        Registry(url, anonymous=True).pull("rdpo", "v1.0.0", tmp_path / "out")
+    resources = [f"arn:aws:s3:::{bucket}", f"arn:aws:s3:::{bucket}/*"]
+    policy = {"Version": "2012-10-17", "Statement": [READ_ALL | {"Resource": resources}]}
+    get_backend("s3")["123456789012"]["aws"].put_bucket_policy(bucket, json.dumps(policy).encode())
+    assert Registry(url, anonymous=True).pull("rdpo", "latest", tmp_path / "out") == "v1.0.0"
+    with pytest.raises(RegistryError, match="access denied, writing rdpo/objects/"):
+        Registry(url, anonymous=True).publish(folder, "rdpo", "v2.0.0")
+    assert pauses == []
+
+
+def test_an_endpoint_that_cannot_be_reached_is_tried_four_times(
+    tmp_path: Path, bucket: str, pauses: list[float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # and does not listen
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{unused.getsockname()[1]}")
+        with pytest.raises(RegistryError, match=r"^s3://bucket: reading rdpo/versions/v1.0.0.json failed 4 times \(Endpoint"):
+            Registry("s3://bucket").pull("rdpo", "v1.0.0", tmp_path / "out")
+    assert pauses == [0.5, 1.0, 2.0]
+    warnings = capsys.readouterr().err.splitlines()
+    assert [line.rsplit(";", 1)[1] for line in warnings] == [" again in 0.5 s", " again in 1.0 s", " again in 2.0 s"]
+
+
+def test_an_endpoint_that_never_answers_is_given_up(
+    tmp_path: Path, bucket: str, pauses: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "TIMEOUTS", {"connect_timeout": 0.2, "read_timeout": 0.2})
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        with pytest.raises(RegistryError, match=r"failed 4 times \(ReadTimeoutError: "):
+            Registry("s3://bucket").pull("rdpo", "v1.0.0", tmp_path / "out")
+    assert pauses == [0.5, 1.0, 2.0]
+
+
+def test_a_bad_endpoint_is_told_at_once(
+    tmp_path: Path, bucket: str, pauses: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "localhost")
+    with pytest.raises(RegistryError, match="Invalid endpoint: localhost; check AWS_ENDPOINT_URL"):
+        Registry("s3://bucket").pull("rdpo", "v1.0.0", tmp_path / "out")
+    assert pauses == []
+
+
+class Flaky(ThreadingHTTPServer):
+    """A proxy to an S3 server; `faults` are what happens to the next requests instead."""
+
+    def __init__(self, target: str) -> None:
+        super().__init__(("127.0.0.1", 0), FlakyHandler)
+        self.target = target.removeprefix("http://")
+        self.faults: list[str] = []
+        self.requests = 0
+
+
+class FlakyHandler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        assert isinstance(self.server, Flaky)
+        self.server.requests += 1
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        fault = self.server.faults.pop(0) if self.server.faults else ""
+        if fault.isdigit():
+            self.answer(int(fault), b"<Error><Code>Fault</Code><Message>Later</Message></Error>")
+            return
+        connection = http.client.HTTPConnection(self.server.target)
+        connection.request(self.command, self.path, body, dict(self.headers))
+        answer = connection.getresponse()
+        data = answer.read()
+        connection.close()
+        if fault == "lost":
+            self.close_connection = True
+        else:
+            self.answer(answer.status, data, cut=fault == "cut")
+
+    do_PUT = do_GET  # noqa: N815, as http.server has it
+
+    def answer(self, status: int, data: bytes, cut: bool = False) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", "application/xml")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data[: len(data) // 2] if cut else data)
+        self.close_connection = self.close_connection or cut
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002, as http.server has it
+        pass
+
+
+@pytest.fixture
+def flaky(endpoint: str, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Flaky]:
+    with Flaky(endpoint) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("fault", ["500", "503", "429", "cut", "lost"])
+def test_passing_errors_are_waited_out(
+    fault: str, flaky: Flaky, bucket: str, folder: Path, tmp_path: Path, pauses: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = Registry(f"s3://{bucket}/predictors")
+    if fault != "cut":
+        flaky.faults = [fault, fault]
+    found.publish(folder, "rdpo", "v1.0.0")
+    flaky.faults = [fault, fault]
+    found.pull("rdpo", "v1.0.0", tmp_path / "out")
+    assert load_predictor(tmp_path / "out").provenance == {"seed": 1}
+    assert flaky.faults == []
+    assert pauses == {"cut": [0.5, 1.0], "lost": [0.5, 0.5]}.get(fault, [0.5, 1.0, 0.5, 1.0])  # aiohttp tries lost ones again
+    assert len(capsys.readouterr().err.splitlines()) == len(pauses)
+
+
+def test_a_record_whose_answer_was_lost_is_published(flaky: Flaky, bucket: str, folder: Path, pauses: list[float]) -> None:
+    flaky.faults = ["", "", "", "", "lost"]  # a look at the record, three objects, then the record itself
+    Registry(f"s3://{bucket}/predictors").publish(folder, "rdpo", "v1.0.0")
+    assert flaky.faults == []
+    assert Registry(f"s3://{bucket}/predictors").resolve("rdpo", "latest") == "v1.0.0"
+
+
+def test_an_endpoint_that_stays_down_is_given_up(
+    flaky: Flaky, bucket: str, folder: Path, tmp_path: Path, pauses: list[float]
+) -> None:
+    flaky.faults = ["503"] * 10
+    with pytest.raises(RegistryError, match=r"failed 4 times \(OSError: .*Later\); check the network"):
+        Registry(f"s3://{bucket}/predictors").pull("rdpo", "v1.0.0", tmp_path / "out")
+    assert (flaky.requests, pauses) == (4, [0.5, 1.0, 2.0])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("status", ["400", "404", "405"])
+def test_what_will_not_pass_is_told_at_once(status: str, flaky: Flaky, bucket: str, folder: Path, pauses: list[float]) -> None:
+    flaky.faults = ["", status]
+    with pytest.raises(
+        RegistryError, match=r"refused, writing rdpo/objects/.* \(.*Later\); check the URL and AWS_ENDPOINT_URL"
+    ):
+        Registry(f"s3://{bucket}/predictors").publish(folder, "rdpo", "v1.0.0")
+    assert pauses == []
+
+
+def test_messages_are_one_line_without_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "se/cret\n")
+    assert remote.scrubbed("a se/cret\n\x1b[2Jat 'http://user:pass@word@host/x', user:pass@host") == (
+        "a [AWS_SECRET_ACCESS_KEY] [2Jat [credentials]@host/x', [credentials]@host"
+    )
+    assert remote.scrubbed("file:///a@b: rdpo@v1.0.0") == "file:///a@b: rdpo@v1.0.0"
+    assert len(remote.scrubbed("a:" * 10**6)) == remote.MESSAGE + len(" ... ")
+
+
+# The commands
+
+
+def test_the_commands_of_a_shell(bucket: str, folder: Path, tmp_path: Path) -> None:
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        module = [sys.executable, "-m", *arguments]
+        # from another folder, as users do
+        return subprocess.run(module, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+    url = f"s3://{bucket}/predictors"
+    done = run("stages.publish", str(folder), "rdpo@v1.0.0", "--remote", url, "--stage", "prod")
+    sha256 = Registry(url).publish(folder, "rdpo", "v1.0.0")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"rdpo v1.0.0 published at {url} stage prod sha256 {sha256}\n"
+    done = run("stages.pull", "rdpo#prod", "--remote", url, "--sha256", sha256)
+    tensors = hashlib.sha256((folder / "predictor.safetensors").read_bytes()).hexdigest()
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", f"rdpo v1.0.0 in rdpo sha256 {tensors}\n")
+    assert load_predictor(tmp_path / "rdpo").provenance == {"seed": 1}
+    (tmp_path / "rdpo" / "notes.txt").write_text("mine")
+    done = run("stages.pull", "rdpo#prod", "--remote", url)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"pull: {tmp_path}/rdpo: found a folder with 'notes.txt'; valid: ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_commands_need_nothing_of_the_pipeline() -> None:
+    names = "{'omegaconf', 'pydantic', 'dvc', 'prefect', 'hydra', 'diffusers', 'stages.params', 'stages.command'}"
+    code = f"import sys, stages.pull, stages.publish; print({names} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "set()\n"
+
+
+def test_no_command_ever_prints_credentials(
+    bucket: str, flaky: Flaky, folder: Path, tmp_path: Path, pauses: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, out, runner = f"s3://{bucket}/predictors", str(tmp_path / "out"), CliRunner()
+
+    def check(expected: int, message: str, app: object, *arguments: str) -> None:
+        result = runner.invoke(app, arguments)  # type: ignore[arg-type]
+        assert result.exit_code == expected, result.output
+        assert message in result.output
+        shown = result.output + repr(result.exception) + repr(result.exc_info)
+        assert not any(hidden in shown for hidden in (*HIDDEN, "in-the-url"))
+        assert expected == 0 or len(result.stderr.splitlines()) == 1 + len(pauses)
+        pauses.clear()
+
+    check(0, "published at", publish.app, str(folder), "rdpo@v1.0.0", "--remote", url)
+    check(0, "rdpo v1.0.0 in", pull.app, "rdpo@latest", "--remote", url, "--out", out)
+    check(1, "access denied", pull.app, "rdpo@latest", "--remote", url, "--out", out, "--anonymous")
+    check(1, "no such bucket", pull.app, "rdpo@latest", "--remote", "s3://missing", "--out", out)
+    check(1, "found no rdpo@v3.0.0", pull.app, "rdpo@v3.0.0", "--remote", url, "--out", out)
+    check(1, "a URL with credentials", pull.app, "rdpo@v3.0.0", "--remote", "s3://a:in-the-url@b/", "--out", out)
+    flaky.faults = ["503"] * 4
+    check(1, "failed 4 times", publish.app, str(folder), "rdpo@v2.0.0", "--remote", url)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://user:in-the-url@127.0.0.1:1")
+    check(1, "failed 4 times", pull.app, "rdpo@latest", "--remote", url, "--out", out)
+    check(1, "failed 4 times", pull.app, "rdpo@latest", "--remote", url, "--out", out, "--anonymous")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "user:in-the-url@host")
+    check(1, "", pull.app, "rdpo@latest", "--remote", url, "--out", out)
+
+    def echo(*args: object) -> None:  # a server that repeats what it was sent
+        raise OSError(f"no\n{HIDDEN} at https://user:in-the-url@host/x")
+
+    monkeypatch.setattr(remote, "sync", echo)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{flaky.server_port}")
+    check(1, " at [credentials]@host/x", pull.app, "rdpo@latest", "--remote", url, "--out", out)
