@@ -7,7 +7,7 @@ from diffusers import FluxPipeline
 from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from backends.backend import Spec
+from backends.backend import Spec, latent_size
 from backends.preconditioning import Preconditioning
 from solvers import Denoiser
 
@@ -27,8 +27,8 @@ class Flux:
         self.pipe = pipe
         self.guidance_scale = guidance_scale
         self.preconditioning = Preconditioning.of(pipe.scheduler.config)
-        own, factor = pipe.default_sample_size, pipe.vae_scale_factor
-        shape = tuple(2 * (given // (2 * factor)) if given else own for given in (height, width))
+        own = (pipe.default_sample_size, pipe.default_sample_size)
+        shape = latent_size(height, width, own, pipe.vae_scale_factor, patch=2)
         self.spec = Spec(
             (pipe.transformer.config.in_channels // 4, *shape),
             self.preconditioning.sigma_min,

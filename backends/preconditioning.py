@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
@@ -65,10 +66,12 @@ class Preconditioning:
 
     def timestep(self, sigma: Tensor) -> Tensor:
         """The time that the network is shown for noise levels of any shape, float32; levels beyond the table are its ends."""
+        level = sigma.cpu().double()  # which some devices lack
         if self.table is None:
-            return (sigma.double() * self.times).float()
-        table = self.table.to(sigma.device)
-        return (discrete_time(sigma.double().clamp(table[0], table[-1]), table) * self.times - 1).float()
+            times = level * self.times
+        else:
+            times = discrete_time(level.clamp(self.table[0], self.table[-1]), self.table) * self.times - 1
+        return times.to(sigma.device, torch.float32)
 
     def network_input(self, x: Tensor, sigma: float | Tensor) -> Tensor:
         """What the network is shown of x (B, ...)."""

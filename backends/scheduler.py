@@ -303,7 +303,8 @@ class PredictorScheduler(SchedulerMixin, ConfigMixin):
         else:
             state = evaluation_state(table, self._evaluations[index + 1].i, self._x, self._outputs)
         self._returned = state.to(sample.dtype)
-        return SchedulerOutput(self._returned) if return_dict else (self._returned,)
+        returned = self._returned.clone()  # a callback may change it in place
+        return SchedulerOutput(returned) if return_dict else (returned,)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Data (B, ...) with noise of the current evaluation's level, or of the level of each timestep (B,)."""

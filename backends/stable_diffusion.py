@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
-from backends.backend import Spec
+from backends.backend import Spec, latent_size
 from backends.preconditioning import Preconditioning
 from solvers import Denoiser
 
@@ -21,9 +21,8 @@ class StableDiffusion:
     def __init__(self, pipe: StableDiffusionPipeline, height: int | None = None, width: int | None = None) -> None:
         self.pipe = pipe
         self.preconditioning = Preconditioning.of(pipe.scheduler.config)
-        size, factor = pipe.unet.config.sample_size, pipe.vae_scale_factor
-        own = (size, size) if isinstance(size, int) else size
-        shape = tuple(given // factor if given else n for given, n in zip((height, width), own, strict=True))
+        size = pipe.unet.config.sample_size
+        shape = latent_size(height, width, (size, size) if isinstance(size, int) else size, pipe.vae_scale_factor)
         self.spec = Spec((pipe.unet.config.in_channels, *shape), self.preconditioning.sigma_min, self.preconditioning.sigma_max)
 
     def denoiser(self, prompts: Sequence[str]) -> Denoiser:

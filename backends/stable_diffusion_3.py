@@ -6,7 +6,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
-from backends.backend import Spec
+from backends.backend import Spec, latent_size
 from backends.preconditioning import Preconditioning
 from solvers import Denoiser
 
@@ -22,8 +22,8 @@ class StableDiffusion3:
     def __init__(self, pipe: StableDiffusion3Pipeline, height: int | None = None, width: int | None = None) -> None:
         self.pipe = pipe
         self.preconditioning = Preconditioning.of(pipe.scheduler.config)
-        own, factor = pipe.default_sample_size, pipe.vae_scale_factor
-        shape = tuple(given // factor if given else own for given in (height, width))
+        own = (pipe.default_sample_size, pipe.default_sample_size)
+        shape = latent_size(height, width, own, pipe.vae_scale_factor, pipe.transformer.config.patch_size)
         self.spec = Spec(
             (pipe.transformer.config.in_channels, *shape), self.preconditioning.sigma_min, self.preconditioning.sigma_max
         )

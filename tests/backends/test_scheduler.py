@@ -213,7 +213,9 @@ def test_callbacks_see_and_change_the_state(name: str, pipes: Callable[[str], An
         def callback(pipe: Any, index: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             seen.append(index)
             assert float(timestep) == float(pipe.scheduler.timesteps[index])
-            return {"latents": tensors["latents"] + 0.5} if index == change_at else {}
+            if index == change_at == 2:
+                tensors["latents"] += 0.5  # in place
+            return {"latents": tensors["latents"] + 0.5} if index == change_at != 2 else {}
 
         return pipe("a boat", generator=generator(), callback_on_step_end=callback, **common).images
 
@@ -444,6 +446,7 @@ def test_a_predictor_that_does_not_fit_is_refused(
     [
         ({"guidance_scale": 7.5}, r'guidance_scale: 7.5; valid: 3.0, .* or allow=\["guidance_scale"\]'),
         ({"output_type": "jpeg"}, "output_type: 'jpeg'; valid: pil, np, pt, latent"),
+        ({"height": 17}, "height, width: 17, None; valid: multiples of 2"),
         ({"negative_prompt": ["one", "two", "three"]}, "negative_prompt: 3; valid: one, or one for each prompt"),
     ],
 )
