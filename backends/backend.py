@@ -41,19 +41,6 @@ class Backend(Protocol):
         ...
 
 
-def latent_size(height: int | None, width: int | None, own: tuple[int, int], factor: int, patch: int = 1) -> tuple[int, int]:
-    """Height and width of the latents of images in pixels, `factor` times smaller; the model's own where there are none.
-
-    Raises:
-        ValueError: the pixels do not come out even, in patches of so many latents.
-    """
-    given = (height, width)
-    if any(pixels is not None and (pixels <= 0 or pixels % (factor * patch)) for pixels in given):
-        raise ValueError(f"height, width: {height}, {width}; valid: multiples of {factor * patch}")
-    rows, columns = (size if pixels is None else pixels // factor for pixels, size in zip(given, own, strict=True))
-    return rows, columns
-
-
 def counted_denoiser(
     backend: Backend, prompts: Sequence[str], guidance_scale: float, negative: Sequence[str] | None = None
 ) -> tuple[Denoiser, Counter]:

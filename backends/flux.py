@@ -7,7 +7,8 @@ from diffusers import FluxPipeline
 from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from backends.backend import Spec, latent_size
+from backends.backend import Spec
+from backends.latents import decoded, distinct, latent_size
 from backends.preconditioning import Preconditioning
 from solvers import Denoiser
 
@@ -20,6 +21,8 @@ class Flux:
         height, width: of the images, in pixels; None: the model's own.
         guidance_scale: that the network is shown, where it is distilled for guidance (FLUX.1-dev).
     """
+
+    pipeline = "FluxPipeline"
 
     def __init__(
         self, pipe: FluxPipeline, height: int | None = None, width: int | None = None, guidance_scale: float = 1.0
@@ -36,8 +39,7 @@ class Flux:
         )
 
     def denoiser(self, prompts: Sequence[str]) -> Denoiser:
-        unique = list(dict.fromkeys(prompts))
-        rows = [unique.index(prompt) for prompt in prompts]
+        unique, rows = distinct(prompts)
         embeds, pooled, text_ids = self.pipe.encode_prompt(unique, device=self.pipe._execution_device)
         embeds, pooled = embeds[rows], pooled[rows]  # type: ignore[index]
         transformer, preconditioning = self.pipe.transformer, self.preconditioning
@@ -63,9 +65,7 @@ class Flux:
 
     def decode(self, x: Tensor) -> Tensor:
         """Latents (B, C, h, w) -> images (B, 3, H, W) in [0, 1]."""
-        vae = self.pipe.vae
-        latents = x.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
-        return (vae.decode(latents, return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
+        return decoded(self.pipe.vae, x)
 
 
 def packed(x: Tensor) -> Tensor:

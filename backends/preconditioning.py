@@ -1,6 +1,6 @@
 """What the network of a diffusers pipeline is shown of a state, and what its output says about the data."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -8,7 +8,14 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from solvers import discrete_time
+from solvers import Predictor, discrete_time
+from solvers.predictor import Difference
+
+TRAINING = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
+"""What a scheduler's configuration says of a variance-preserving network's noise levels."""
+
+FLOW = {"StableDiffusionPipeline": False, "StableDiffusion3Pipeline": True, "FluxPipeline": True}
+"""Whether a pipeline's network is a flow."""
 
 Prediction = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
 
@@ -37,17 +44,33 @@ class Preconditioning:
         Raises:
             ValueError: the configuration describes a network that is none of these.
         """
-        prediction = config.get("prediction_type", "flow_prediction")
+        prediction = config.get("prediction_type", "flow_prediction" if "shift" in config else None)
         if prediction not in get_args(Prediction):
             raise ValueError(f"prediction_type: {prediction!r}; valid: {', '.join(get_args(Prediction))}")
         if prediction == "flow_prediction":
             return cls(prediction, config["num_train_timesteps"], None)
+        if config.get("beta_schedule") is None and config.get("trained_betas") is None:
+            raise ValueError("beta_schedule, trained_betas: none; valid: one of them, for a variance-preserving network")
         if config.get("rescale_betas_zero_snr"):
             raise ValueError("rescale_betas_zero_snr: True, an infinite noise level; valid: False")
-        names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
-        betas: Tensor = DDPMScheduler(**{name: config[name] for name in names if name in config}).betas
+        betas: Tensor = DDPMScheduler(**{name: config[name] for name in TRAINING if name in config}).betas
         kept = (1 - betas.double()).cumprod(0)
         return cls(prediction, len(betas), ((1 - kept) / kept).sqrt())
+
+    def check(self, predictor: Predictor, allow: Collection[Difference]) -> None:
+        """Raise ValueError unless a predictor was made for such a network: its pipeline, and its noise levels."""
+        predictor.used_for(allow=allow)
+        made_for, first = predictor.backbone.pipeline, predictor.sigmas[0].item()
+        if made_for in FLOW and FLOW[made_for] != self.is_flow and "backbone" not in allow:
+            kind = "a flow network" if self.is_flow else "a variance-preserving network"
+            valid = f"that of a {made_for}, which the predictor was made for"
+            raise ValueError(f'backbone: {kind}; valid: {valid}, or allow=["backbone"]')
+        if self.is_flow:
+            if abs(first - 1) > 1e-6:
+                raise ValueError(f"sigmas: from {first} on; valid: from 1 on, a flow network's noise")
+        elif not self.sigma_max / 4 <= first <= self.sigma_max * (1 + 1e-3) and "sigmas" not in allow:
+            valid = f"from about {self.sigma_max} on, the noise that the network was trained for"
+            raise ValueError(f'sigmas: from {first} on; valid: {valid}, or allow=["sigmas"]')
 
     @property
     def is_flow(self) -> bool:

@@ -1,6 +1,5 @@
-"""A predictor in a diffusers pipeline: as its scheduler, one evaluation after the other, or a step's points as one batch."""
+"""A predictor as the scheduler of a diffusers pipeline: one evaluation after the other."""
 
-import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,30 +8,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import (
-    ConfigMixin,
-    DiffusionPipeline,
-    FluxPipeline,
-    SchedulerMixin,
-    StableDiffusion3Pipeline,
-    StableDiffusionPipeline,
-)
-from diffusers.configuration_utils import FrozenDict, register_to_config
+from diffusers import ConfigMixin, SchedulerMixin
+from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
-from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import create_repo, hf_hub_download
 from torch import Tensor
 
-from backends.backend import counted_denoiser
-from backends.flux import Flux
-from backends.preconditioning import Preconditioning
-from backends.stable_diffusion import StableDiffusion
-from backends.stable_diffusion_3 import StableDiffusion3
-from solvers import AMED, Predictor, StepTable, integrate, load_predictor, save_predictor
+from backends.preconditioning import TRAINING, Preconditioning
+from solvers import AMED, Predictor, StepTable, load_predictor, save_predictor
 from solvers.integrate import Outputs, advance, evaluation_state, next_state, output_of, put_analytic
-from solvers.predictor import RECORD, TENSORS, Difference
-
-LOG = logging.getLogger(__name__)
+from solvers.predictor import CARD, RECORD, TENSORS, Difference
 
 
 @dataclass(frozen=True)
@@ -69,14 +54,19 @@ class PredictorScheduler(SchedulerMixin, ConfigMixin):
     Every evaluation of a step is a `step()` of its own: the state that it returns is the one that the next evaluation is of,
     and `timesteps` holds what the network is shown at each. So an unchanged pipeline makes the image of `solvers.integrate`.
     num_inference_steps is the number of the table's steps, each of `order` evaluations. A callback that changes the latents
-    changes the state by as much. Where a pipeline starts in the middle (image to image), it starts at a step, and the
-    outputs that a multistep table would look back on are taken to be as the first one.
+    changes the state by as much. The scheduler sees neither the pipeline's guidance scale nor its model's name.
+
+    A pipeline that starts in the middle (image to image) starts with a step, and the outputs that a multistep table would look
+    back on are taken to be as the first one. Where the table's steps have different numbers of evaluations (with AFS, or
+    several points), it may have to start inside one: Euler's method then leads to the next, and the step's other calls idle.
+
+    A pipeline with it is saved and loaded as ever, but diffusers loads no scheduler of another package with a pipeline from the
+    hub: push the scheduler alone.
 
     Args:
         predictor: of any family but AMED, which reads the network's features.
         prediction_type, num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas: how the network was trained,
             as in diffusers' schedulers; flow_prediction for SD3 and FLUX. `from_predictor` takes them from another scheduler.
-        use_flow_sigmas: tells FLUX's pipeline to leave the noise levels to the scheduler.
 
     Raises:
         ValueError: the predictor does not fit the network.
@@ -97,11 +87,10 @@ class PredictorScheduler(SchedulerMixin, ConfigMixin):
         beta_end: float = 0.02,
         beta_schedule: str = "linear",
         trained_betas: list[float] | None = None,
-        use_flow_sigmas: bool = True,
     ) -> None:
         self.predictor = predictor
         self.preconditioning = Preconditioning.of(self.config)
-        check_fit(predictor, self.preconditioning, ["sigmas"])  # which `from_predictor` checks, and can lift
+        self.preconditioning.check(predictor, ["sigmas"])  # what `from_config` checks of them, and can lift
         if predictor.afs and self.preconditioning.is_flow:
             raise ValueError(
                 "afs: True; valid: False, since a flow pipeline calls the network at the noise itself; or sample()"
@@ -119,15 +108,32 @@ class PredictorScheduler(SchedulerMixin, ConfigMixin):
         Args:
             predictor: itself, or where it lies.
             scheduler: the pipeline's own.
-            allow: ["sigmas"] lifts the check that the predictor's noise levels are within what the network was trained for.
+            allow: "backbone": a predictor that was made for a pipeline of another class. "sigmas": noise levels beyond those
+                that the network was trained for.
         """
         found = predictor if isinstance(predictor, Predictor) else load_predictor(predictor)
-        config: FrozenDict = scheduler.config  # type: ignore[attr-defined]
-        names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
-        known = {name: config[name] for name in names if name in config}
-        preconditioning = Preconditioning.of(config)
-        check_fit(found, preconditioning, allow)
-        return cls(predictor=found, prediction_type=preconditioning.prediction, **known)
+        return cls.from_config(scheduler.config, predictor=found, allow=allow)  # type: ignore[attr-defined]
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Any = None,
+        return_unused_kwargs: bool = False,
+        *,
+        predictor: Predictor | None = None,
+        allow: Collection[Difference] = (),
+        **kwargs: Any,
+    ) -> Any:
+        """Another scheduler's configuration with a predictor. What this one has no use for is kept for others, as ever."""
+        if predictor is None:
+            raise ValueError("predictor: none, and a configuration holds no table; valid: from_config(config, predictor=...)")
+        merged = {key: value for key, value in {**config, **kwargs}.items() if not key.startswith("_")}
+        preconditioning = Preconditioning.of(merged)
+        preconditioning.check(predictor, allow)
+        known = {name: merged.pop(name) for name in (*TRAINING, "prediction_type") if name in merged}
+        scheduler = cls(predictor=predictor, **{**known, "prediction_type": preconditioning.prediction})
+        scheduler.register_to_config(**merged)
+        return (scheduler, {}) if return_unused_kwargs else scheduler
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -138,30 +144,19 @@ class PredictorScheduler(SchedulerMixin, ConfigMixin):
         **kwargs: Any,
     ) -> Any:
         """From a folder that `save_pretrained` wrote, or from the hub; arguments as those of any scheduler."""
-        config, unused, _ = cls.load_config(  # type: ignore[misc]
+        config, unused, commit = cls.load_config(  # type: ignore[misc]
             pretrained_model_name_or_path, subfolder=subfolder, return_unused_kwargs=True, return_commit_hash=True, **kwargs
         )
         folder = Path(pretrained_model_name_or_path, subfolder or "")
         if not folder.is_dir():
-            names = ("revision", "cache_dir", "token", "local_files_only", "force_download")
+            names = ("cache_dir", "token", "local_files_only", "force_download")
             known = {name: kwargs[name] for name in names if name in kwargs}
-            files = [
-                hf_hub_download(str(pretrained_model_name_or_path), name, subfolder=subfolder, **known)
-                for name in (TENSORS, RECORD)
-            ]
+            known["revision"] = commit or kwargs.get("revision")  # one snapshot for all files
+            repo = str(pretrained_model_name_or_path)
+            files = [hf_hub_download(repo, name, subfolder=subfolder, **known) for name in (TENSORS, RECORD)]
             folder = Path(files[0]).parent
-        return cls.from_config(config, return_unused_kwargs, predictor=load_predictor(folder), **unused)
-
-    @classmethod
-    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """Another scheduler's configuration with a predictor, given by its name: from_config(config, predictor=...)."""
-        predictor = kwargs.pop("predictor", None)
-        if not isinstance(predictor, Predictor):
-            raise ValueError("predictor: none, and a configuration holds no table; valid: from_config(config, predictor=...)")
-        init, rest, _ = cls.extract_init_dict(config, **kwargs)
-        init["prediction_type"] = Preconditioning.of(config).prediction
-        scheduler = cls(predictor=predictor, **init)
-        return (scheduler, rest) if return_unused_kwargs else scheduler
+        predictor = load_predictor(folder)
+        return cls.from_config(config, return_unused_kwargs, predictor=predictor, allow=["backbone", "sigmas"], **unused)
 
     def save_pretrained(  # type: ignore[override]
         self, save_directory: Path | str, push_to_hub: bool = False, **kwargs: Any
@@ -170,7 +165,7 @@ class PredictorScheduler(SchedulerMixin, ConfigMixin):
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         save_predictor(self.predictor, folder)
-        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        super().save_pretrained(str(save_directory), push_to_hub=push_to_hub, **kwargs)
 
     def push_to_hub(  # type: ignore[override]
         self,
@@ -183,8 +178,12 @@ class PredictorScheduler(SchedulerMixin, ConfigMixin):
     ) -> str:
         """Upload what `save_pretrained` writes, with the predictor's own card (diffusers' would replace it by an empty one)."""
         repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
-        with TemporaryDirectory() as folder:
+        with TemporaryDirectory() as work:
+            folder = Path(work, repo_id.split("/")[-1])
             self.save_pretrained(folder)
+            where = f'"{repo_id}"' if subfolder is None else f'"{repo_id}", subfolder="{subfolder}"'
+            with (folder / CARD).open("a", encoding="utf-8") as card:
+                card.write(f"\n## From the hub\n\n`pipe.scheduler = PredictorScheduler.from_pretrained({where})`\n")
             return self._upload_folder(
                 folder, repo_id, token=token, commit_message=commit_message, create_pr=create_pr, subfolder=subfolder
             )
@@ -198,6 +197,12 @@ class PredictorScheduler(SchedulerMixin, ConfigMixin):
         return self.predictor.sigmas[0].item()
 
     @property
+    def sigmas(self) -> Tensor:
+        """The noise levels that the network is shown, and the final one, float32."""
+        last = self.predictor.sigmas[-1].item()
+        return torch.tensor([*(e.shown for e in self._evaluations), last], device=self.timesteps.device)
+
+    @property
     def step_index(self) -> int | None:
         """How many evaluations precede the current one; None before the first."""
         return self._step_index
@@ -208,19 +213,14 @@ class PredictorScheduler(SchedulerMixin, ConfigMixin):
         return self._begin_index
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Start with this evaluation, a step's first; inside a step, with the next one, and the calls until then are idle.
+        """Start with this evaluation.
 
         Raises:
-            ValueError: there is no step that starts there or later.
+            ValueError: there is none of this number.
         """
-        starts = [index for index, evaluation in enumerate(self._evaluations) if evaluation.first]
-        following = [start for start in starts if start >= begin_index]
-        if begin_index < 0 or not following:
-            where = "where the predictor's steps start (image to image: more strength)"
-            raise ValueError(f"begin index: {begin_index}; valid: {starts}, {where}")
-        self._begin_index, self._start = begin_index, following[0]
-        if idle := self._start - begin_index:
-            LOG.warning("begin index %d is inside a step: starting with the next one, after %d idle calls", begin_index, idle)
+        if not 0 <= begin_index < len(self._evaluations):
+            raise ValueError(f"begin index: {begin_index}; valid: 0 to {len(self._evaluations) - 1}, the table's evaluations")
+        self._begin_index = begin_index
 
     def set_timesteps(
         self,
@@ -234,8 +234,8 @@ class PredictorScheduler(SchedulerMixin, ConfigMixin):
         Args:
             num_inference_steps: the number of the table's steps, which cannot be another.
             device: of `timesteps`.
-            sigmas: FLUX's image-to-image pipelines always give some: evenly spaced ones, in whose place the predictor's own are
-                used. They then count evaluations as steps (order 1).
+            sigmas: FLUX's pipelines always give some: evenly spaced ones, in whose place the predictor's own are used. They
+                then count evaluations as steps (order 1).
             mu: the shift for the pipeline's resolution, which the predictor's own noise levels stand above.
 
         Raises:
@@ -253,14 +253,11 @@ class PredictorScheduler(SchedulerMixin, ConfigMixin):
         self.timesteps = self.preconditioning.timestep(shown).to(device)
         self._step_index: int | None = None
         self._begin_index: int | None = None
-        self._start = 0
-        self._outputs: Outputs = {}
-        self._earlier: list[Tensor] = []
-        self._missing = 0
+        self._forget()
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
         """What a variance-preserving network is shown of the pipeline's latents, (B, ...)."""
-        evaluation = self._evaluations[max(self._current(timestep), self._start)]
+        evaluation = self._evaluations[self._current(timestep)]
         x = sample.to(working(sample))
         if evaluation.first:
             x, outputs, _ = self._begun(evaluation, x)
@@ -282,53 +279,54 @@ class PredictorScheduler(SchedulerMixin, ConfigMixin):
         if index >= len(self._evaluations):
             raise ValueError(f"step: more than {len(self._evaluations)} evaluations; valid: set_timesteps before another image")
         self._step_index = index + 1
-        if index < self._start:
-            return SchedulerOutput(sample) if return_dict else (sample,)
         evaluation = self._evaluations[index]
-        table, i = evaluation.table, evaluation.i
         given, output = sample.to(working(sample)), model_output.to(working(sample))
+        change = 0.0 if self._returned is None else given - self._returned.to(given)
+        exact = given if self._state is None else self._state + change  # without the rounding to the pipeline's precision
         if evaluation.first:
-            self._x, self._outputs, self._missing = self._begun(evaluation, given)
-            y = evaluation_state(table, i, self._x, self._outputs)
+            self._x, self._outputs, self._missing = self._begun(evaluation, exact)
+            y = evaluation_state(evaluation.table, evaluation.i, self._x, self._outputs)
+            state = self._evaluate(index, self._x, y, output)
+        elif self._x is not None:
+            self._x = self._x + change
+            state = self._evaluate(index, self._x, exact, output)
         else:
-            self._x = self._x + (given - self._returned.to(given))
-            y = given
-        denoised = self.preconditioning.denoised(y, output, evaluation.shown)
-        self._outputs[table.history + i] = output_of(table, i, y, denoised)
-        for column in range(self._missing):  # after a start in the middle
-            self._outputs.setdefault(column, self._outputs[table.history + i])
-        if evaluation.last:
-            state = next_state(table, self._x, self._outputs)
-            self._earlier = [self._outputs[column] for column in sorted(self._outputs)]
-        else:
-            state = evaluation_state(table, self._evaluations[index + 1].i, self._x, self._outputs)
-        self._returned = state.to(sample.dtype)
+            state = exact if self._returned is not None else self._lead(evaluation, exact, output)
+        self._state, self._returned = state, state.to(sample.dtype)
         returned = self._returned.clone()  # a callback may change it in place
+        if self._step_index == len(self._evaluations):
+            self._forget()
         return SchedulerOutput(returned) if return_dict else (returned,)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Data (B, ...) with noise of the current evaluation's level, or of the level of each timestep (B,)."""
-        if self._step_index is not None or self._begin_index is not None:
-            indices = [max(self._step_index or 0, self._start)]
-        else:
-            indices = [self._index_of(timestep) for timestep in timesteps.flatten()]
+        current = self._begin_index if self._step_index is None else self._step_index
+        indices = [self._index_of(timestep) for timestep in timesteps.flatten()] if current is None else [current]
         last = self.predictor.sigmas[-1].item()
         levels = [self._evaluations[index].sigma if index < len(self._evaluations) else last for index in indices]
-        sigma = torch.tensor(levels, device=original_samples.device).view(-1, *[1] * (original_samples.ndim - 1))
-        return self.preconditioning.noised(original_samples.to(working(noise)), noise, sigma).to(original_samples.dtype)
+        x0 = original_samples.to(working(original_samples))
+        sigma = torch.tensor(levels, device=x0.device, dtype=x0.dtype).view(-1, *[1] * (x0.ndim - 1))
+        return self.preconditioning.noised(x0, noise, sigma).to(original_samples.dtype)
 
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
         """`add_noise`, as the pipelines of flow models call it."""
         return self.add_noise(sample, noise, torch.as_tensor(timestep))
 
+    def _forget(self) -> None:
+        """Hold no image's tensors."""
+        self._x: Tensor | None = None  # at the step's beginning
+        self._state: Tensor | None = None  # what was returned last,
+        self._returned: Tensor | None = None  # and what it is in the pipeline's precision
+        self._outputs: Outputs = {}
+        self._earlier: list[Tensor] = []
+        self._missing = 0
+
     def _current(self, timestep: float | Tensor | None) -> int:
         """The evaluation that is next; the first time, where to begin."""
         if self._step_index is None:
-            begin = self._begin_index
-            if begin is None:
-                begin = 0 if timestep is None else self._index_of(timestep)
-                self.set_begin_index(begin)
-            self._step_index = begin
+            if self._begin_index is None:
+                self._begin_index = 0 if timestep is None else self._index_of(timestep)
+            self._step_index = self._begin_index
         return self._step_index
 
     def _index_of(self, timestep: float | Tensor) -> int:
@@ -350,6 +348,23 @@ class PredictorScheduler(SchedulerMixin, ConfigMixin):
             put_analytic(table, x, outputs)
         return x, outputs, missing
 
+    def _evaluate(self, index: int, x: Tensor, y: Tensor, output: Tensor) -> Tensor:
+        """Put an evaluation, of the state y in a step from x, in place; the state that comes next."""
+        evaluation, outputs = self._evaluations[index], self._outputs
+        table, i = evaluation.table, evaluation.i
+        outputs[table.history + i] = output_of(table, i, y, self.preconditioning.denoised(y, output, evaluation.shown))
+        for column in range(self._missing):  # after a start in the middle
+            outputs.setdefault(column, outputs[table.history + i])
+        if not evaluation.last:
+            return evaluation_state(table, self._evaluations[index + 1].i, x, outputs)
+        self._earlier = [outputs[column] for column in sorted(outputs)]
+        return next_state(table, x, outputs)
+
+    def _lead(self, evaluation: Evaluation, y: Tensor, output: Tensor) -> Tensor:
+        """From inside a step to its end, by Euler's method."""
+        denoised = self.preconditioning.denoised(y, output, evaluation.shown)
+        return y + (float(evaluation.table.ends[1]) / evaluation.sigma - 1) * (y - denoised)
+
 
 def never(x: Tensor, sigma: Tensor) -> Tensor:
     """The denoiser of steps that call none."""
@@ -364,124 +379,14 @@ def evaluations(predictor: Predictor) -> list[Evaluation]:
     before: tuple[StepTable, ...] = ()
     for step in range(len(predictor.sigmas) - 1):
         table = predictor(step, predictor.sigmas)
+        if table.batch is not None:
+            raise ValueError(f"table: one for each of {table.batch} images; valid: one for all")
         calls = [i for level in table.levels for i in level]
         found += [Evaluation(table, i, i == calls[0], i == calls[-1], before) for i in calls]
         before = () if calls else (*before, table)
     return found
 
 
-def check_fit(predictor: Predictor, preconditioning: Preconditioning, allow: Collection[Difference]) -> None:
-    """Raise ValueError unless a predictor's noise levels are such as a network was trained for."""
-    first, highest = predictor.sigmas[0].item(), preconditioning.sigma_max
-    if preconditioning.is_flow and abs(first - 1) > 1e-6:
-        raise ValueError(f"sigmas: from {first} on; valid: from 1 on, a flow network's noise")
-    if first > highest * (1 + 1e-3) and "sigmas" not in allow:
-        raise ValueError(
-            f'sigmas: from {first} on; valid: at most {highest}, what the network was trained for, or allow=["sigmas"]'
-        )
-
-
 def working(sample: Tensor) -> torch.dtype:
     """The precision that states are computed in: single, or double where the pipeline has that."""
     return torch.promote_types(sample.dtype, torch.float32)
-
-
-@torch.no_grad()
-def sample(
-    pipe: DiffusionPipeline,
-    predictor: Predictor | Path | str,
-    prompt: str | Sequence[str],
-    generator: torch.Generator | list[torch.Generator] | None = None,
-    *,
-    negative_prompt: str | Sequence[str] | None = None,
-    guidance_scale: float | None = None,
-    num_images_per_prompt: int = 1,
-    height: int | None = None,
-    width: int | None = None,
-    output_type: str = "pil",
-    allow: Collection[Difference] = (),
-) -> Any:
-    """Images of prompts by a predictor, with the points of each step as one batch: `serial_evaluations` calls of the network.
-
-    They are those that the pipeline makes with the predictor's PredictorScheduler, to rounding, for the same generator.
-
-    Args:
-        pipe: a StableDiffusionPipeline, StableDiffusion3Pipeline or FluxPipeline, with its weights where it is to run.
-        predictor: itself, or its folder.
-        prompt: one or several.
-        generator: of the noise; a list has one for each image.
-        negative_prompt: what guidance leads away from, one for all prompts or one for each; not for FLUX.
-        guidance_scale: None is the predictor's own.
-        num_images_per_prompt: as in the pipeline; images of the same prompt follow one another.
-        height, width: in pixels; None: the model's own.
-        output_type: "pil", a list; "np", (B, H, W, C); "pt", (B, C, H, W), in [0, 1]; "latent", the final states.
-        allow: what may differ from what the predictor was made for: "backbone", "guidance_scale", "sigmas".
-
-    Raises:
-        TypeError: the pipeline is none of these.
-        ValueError: the predictor was made for something else; an argument is not as it has to be.
-    """
-    if output_type not in ("pil", "np", "pt", "latent"):
-        raise ValueError(f"output_type: {output_type!r}; valid: pil, np, pt, latent")
-    found = predictor if isinstance(predictor, Predictor) else load_predictor(predictor)
-    check_pipeline(found, pipe, allow)
-    scale = found.guidance_scale if guidance_scale is None else guidance_scale
-    found = found.used_for(guidance_scale=scale, allow=allow)
-    prompts = repeated([prompt] if isinstance(prompt, str) else list(prompt), num_images_per_prompt)
-    backend, scale = backend_of(pipe, height, width, scale)
-    check_fit(found, backend.preconditioning, allow)
-    negative = None
-    if negative_prompt is not None:
-        if isinstance(backend, Flux):
-            raise ValueError(f"negative_prompt: {negative_prompt!r}; valid: none, FLUX has its guidance embedded")
-        single = isinstance(negative_prompt, str)
-        negative = [negative_prompt] * len(prompts) if single else repeated(list(negative_prompt), num_images_per_prompt)
-        if len(negative) != len(prompts):
-            raise ValueError(f"negative_prompt: {len(negative_prompt)}; valid: one, or one for each prompt")
-    device = pipe._execution_device
-    dtype = torch.float64 if device.type == "cpu" else torch.float32
-    noise = randn_tensor((len(prompts), *backend.spec.shape), generator, device, pipe.dtype).to(dtype)
-    denoise, _ = counted_denoiser(backend, prompts, scale, negative)
-    x = integrate(denoise, found, found.sigmas[0] * noise, found.sigmas)
-    images = x if output_type == "latent" else backend.decode(x)
-    pipe.maybe_free_model_hooks()
-    if output_type in ("pt", "latent"):
-        return images
-    arrays = pipe.image_processor.pt_to_numpy(images)  # type: ignore[attr-defined]
-    return pipe.image_processor.numpy_to_pil(arrays) if output_type == "pil" else arrays  # type: ignore[attr-defined]
-
-
-Pipelines = StableDiffusion | StableDiffusion3 | Flux
-
-
-def backend_of(
-    pipe: DiffusionPipeline, height: int | None, width: int | None, guidance_scale: float
-) -> tuple[Pipelines, float]:
-    """The frozen model of a pipeline, and the scale of the guidance that is left to make in two rows."""
-    match pipe:
-        case StableDiffusionPipeline():
-            return StableDiffusion(pipe, height, width), guidance_scale
-        case StableDiffusion3Pipeline():
-            return StableDiffusion3(pipe, height, width), guidance_scale
-        case FluxPipeline():
-            return Flux(pipe, height, width, guidance_scale), 1.0
-    valid = "StableDiffusionPipeline, StableDiffusion3Pipeline, FluxPipeline"
-    raise TypeError(f"pipe: {type(pipe).__name__}; valid: {valid}")
-
-
-def check_pipeline(predictor: Predictor, pipe: DiffusionPipeline, allow: Collection[Difference]) -> None:
-    """Raise ValueError where a predictor was made for a pipeline of another class, or for another model of the hub.
-
-    A local folder has no id of the hub, and is not compared.
-    """
-    made_for, found = predictor.backbone.pipeline, type(pipe).__name__
-    if made_for not in (None, found) and "backbone" not in allow:
-        raise ValueError(f'backbone: a {found}; valid: a {made_for}, which the predictor was made for, or allow=["backbone"]')
-    name = pipe.name_or_path
-    if name and not Path(name).exists():
-        predictor.used_for(backbone=name, allow=allow)
-
-
-def repeated(prompts: list[str], times: int) -> list[str]:
-    """Each prompt so many times."""
-    return [prompt for prompt in prompts for _ in range(times)]

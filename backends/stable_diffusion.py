@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 
+import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
-from backends.backend import Spec, latent_size
+from backends.backend import Spec
+from backends.latents import decoded, distinct, latent_size
 from backends.preconditioning import Preconditioning
 from solvers import Denoiser
 
@@ -18,7 +20,11 @@ class StableDiffusion:
         height, width: of the images, in pixels; None: the model's own.
     """
 
+    pipeline = "StableDiffusionPipeline"
+
     def __init__(self, pipe: StableDiffusionPipeline, height: int | None = None, width: int | None = None) -> None:
+        if pipe.unet.config.time_cond_proj_dim is not None:
+            raise ValueError("time_cond_proj_dim: a U-Net that is shown the guidance scale; valid: one that is not")
         self.pipe = pipe
         self.preconditioning = Preconditioning.of(pipe.scheduler.config)
         size = pipe.unet.config.sample_size
@@ -26,8 +32,7 @@ class StableDiffusion:
         self.spec = Spec((pipe.unet.config.in_channels, *shape), self.preconditioning.sigma_min, self.preconditioning.sigma_max)
 
     def denoiser(self, prompts: Sequence[str]) -> Denoiser:
-        unique = list(dict.fromkeys(prompts))
-        rows = [unique.index(prompt) for prompt in prompts]
+        unique, rows = distinct(prompts)
         embeds, _ = self.pipe.encode_prompt(unique, self.pipe._execution_device, 1, False)
         embeds, unet, preconditioning = embeds[rows], self.pipe.unet, self.preconditioning
 
@@ -45,7 +50,8 @@ class StableDiffusion:
 
     def decode(self, x: Tensor) -> Tensor:
         """Latents (B, 4, h, w) -> images (B, 3, H, W) in [0, 1], black where a safety checker says so."""
-        vae = self.pipe.vae
-        images = vae.decode(x.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
-        images, _ = self.pipe.run_safety_checker(images, images.device, images.dtype)
-        return (images / 2 + 0.5).clamp(0, 1)
+        images = decoded(self.pipe.vae, x)
+        _, flags = self.pipe.run_safety_checker(2 * images - 1, images.device, images.dtype)
+        if flags is not None:
+            images = images * torch.tensor([not flag for flag in flags]).to(images).view(-1, 1, 1, 1)
+        return images

@@ -6,7 +6,8 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
-from backends.backend import Spec, latent_size
+from backends.backend import Spec
+from backends.latents import decoded, distinct, latent_size
 from backends.preconditioning import Preconditioning
 from solvers import Denoiser
 
@@ -19,6 +20,8 @@ class StableDiffusion3:
         height, width: of the images, in pixels; None: the model's own.
     """
 
+    pipeline = "StableDiffusion3Pipeline"
+
     def __init__(self, pipe: StableDiffusion3Pipeline, height: int | None = None, width: int | None = None) -> None:
         self.pipe = pipe
         self.preconditioning = Preconditioning.of(pipe.scheduler.config)
@@ -29,8 +32,7 @@ class StableDiffusion3:
         )
 
     def denoiser(self, prompts: Sequence[str]) -> Denoiser:
-        unique = list(dict.fromkeys(prompts))
-        rows = [unique.index(prompt) for prompt in prompts]
+        unique, rows = distinct(prompts)
         device: torch.device = self.pipe._execution_device
         embeds, _, pooled, _ = self.pipe.encode_prompt(unique, unique, unique, device, do_classifier_free_guidance=False)
         embeds, pooled = embeds[rows], pooled[rows]  # type: ignore[index]
@@ -51,6 +53,4 @@ class StableDiffusion3:
 
     def decode(self, x: Tensor) -> Tensor:
         """Latents (B, 16, h, w) -> images (B, 3, H, W) in [0, 1]."""
-        vae = self.pipe.vae
-        latents = x.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
-        return (vae.decode(latents, return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
+        return decoded(self.pipe.vae, x)

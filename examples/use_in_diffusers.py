@@ -20,7 +20,8 @@ import typer
 from diffusers import DiffusionPipeline
 from tiny import TINY, saved
 
-from backends.scheduler import PredictorScheduler, sample
+from backends.sample import sample
+from backends.scheduler import PredictorScheduler
 from solvers import EPD, Backbone, Predictor, flowmatch, load_predictor, logsnr, save_predictor
 
 

@@ -9,7 +9,7 @@ from solvers.epd import EPDTable
 if TYPE_CHECKING:
     from solvers.predictor import Metric, Predictor
 
-PIPELINE = """from backends.scheduler import sample
+PIPELINE = """from backends.sample import sample
 from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained({backbone})
 images = sample(pipe, "{folder}", "a lighthouse at dusk")

@@ -3,10 +3,11 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
+from importlib.metadata import Distribution, PathDistribution, distribution
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from solvers import EPD, Backbone, Predictor, logsnr, save_predictor
 
@@ -31,9 +32,23 @@ def test_the_example_makes_the_same_image_in_both_ways(tmp_path: Path) -> None:
     assert (tmp_path / "lighthouse.png").read_bytes().startswith(b"\x89PNG")
 
 
+def required(parasol: Distribution) -> set[str]:
+    """What is installed with a distribution, without its extras."""
+    found, wanted = set[str](), [parasol]
+    while wanted:
+        for text in wanted.pop().requires or []:
+            requirement = Requirement(text)
+            if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+                continue
+            if requirement.name not in found:
+                found.add(requirement.name)
+                wanted.append(distribution(requirement.name))
+    return found
+
+
 @pytest.fixture(scope="module")
 def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The programs of a new virtual environment: Parasol as a wheel in it, its dependencies from this one."""
+    """The programs of a new virtual environment: Parasol as a wheel in it, and what that requires, by links into this one."""
     folder = tmp_path_factory.mktemp("clean")
     source = folder / "source"
     for file in run(["git", "ls-files", "-co", "--exclude-standard"], ROOT).splitlines():
@@ -45,7 +60,12 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (wheel,) = (folder / "dist").iterdir()
     (packages,) = (folder / "venv/lib").glob("*/site-packages")
     shutil.unpack_archive(wheel, packages, "zip")
-    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")  # which does not run that one's own .pth
+    (metadata,) = packages.glob("parasol_solvers-*.dist-info")
+    for name in required(PathDistribution(metadata)):
+        for file in distribution(name).files or []:
+            top = file.parts[0]
+            if top != ".." and not top.endswith(".pth") and not (packages / top).exists():
+                (packages / top).symlink_to(distribution(name).locate_file(top))  # type: ignore[arg-type]
     return folder / "venv/bin"
 
 

@@ -22,7 +22,8 @@ with warnings.catch_warnings():  # of diffusers' and transformers' own imports
     )
     from tiny import TINY, saved, tiny_sd15
 
-    from backends.scheduler import PredictorScheduler, sample
+    from backends.sample import sample
+    from backends.scheduler import PredictorScheduler
 
 from backends.preconditioning import Preconditioning
 from solvers import (
@@ -73,6 +74,12 @@ def numbers(*shape: int) -> Tensor:
 def epd(points: int, order: int = 1) -> EPDTable:
     r, w, o, a = numbers(4, STEPS, points)
     return EPDTable(r, w / w.sum(-1, keepdim=True), 0.9 + o / 5, 0.9 + a / 5, order)
+
+
+def per_image() -> EPDTable:
+    """A table of its own for each of five images."""
+    r, w, o, a = numbers(4, 5, STEPS, 2)
+    return EPDTable(r, w / w.sum(-1, keepdim=True), o, a)
 
 
 def predictor(table: str, name: str, guidance_scale: float = 3.0) -> Predictor:
@@ -227,9 +234,11 @@ def test_callbacks_see_and_change_the_state(name: str, pipes: Callable[[str], An
         assert torch.allclose(run(change_at), plain + 0.5, atol=1e-5)
 
 
-@pytest.mark.parametrize("table", ["epd2", "plugin2", "multistep1"])
+@pytest.mark.parametrize("table", ["epd2", "plugin2", "multistep1", "multistep2"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_image_to_image_starts_at_a_step(name: str, table: str, folders: dict[str, Path], pipes: Callable[[str], Any]) -> None:
+def test_image_to_image_takes_any_strength(
+    name: str, table: str, folders: dict[str, Path], pipes: Callable[[str], Any]
+) -> None:
     made = predictor(table, name)
     pipe = scheduled(pipes(name), made)
     pipe = IMAGE_TO_IMAGE[name](**pipe.components)
@@ -238,32 +247,44 @@ def test_image_to_image_starts_at_a_step(name: str, table: str, folders: dict[st
     common = {"image": picture, "num_inference_steps": STEPS, "generator": generator(), "output_type": "latent", **SIZE}
     if name == "sd15":
         del common["height"], common["width"]
-    with calls(pipe) as rows:
-        half = pipe("a boat", strength=0.5, **common).images
-    assert len(rows) == made.total_evaluations // 2
-    assert bool(half.isfinite().all())
-    with calls(pipe) as rows:
-        pipe("a boat", strength=0.3, **common)
-    assert len(rows) >= made.total_evaluations // 4
+    for strength in (0.25, 0.3, 0.5, 0.75, 0.9, 1.0):
+        with calls(pipe) as rows:
+            latents = pipe("a boat", strength=strength, **common).images
+        assert bool(latents.isfinite().all())
+        steps = len(pipe.scheduler.timesteps) - pipe.scheduler.begin_index
+        assert len(rows) == steps
+        assert abs(len(rows) / made.total_evaluations - strength) < 0.3
 
 
-def test_a_start_inside_a_step_waits_for_the_next(pipes: Callable[[str], Any]) -> None:
-    made = predictor("epd2", "sd15")
-    late, exact = (PredictorScheduler.from_predictor(made, pipes("sd15").scheduler) for _ in range(2))
-    late.set_begin_index(7)
-    exact.set_begin_index(9)
-    x0, noise = torch.randn(2, 1, 4, 8, 8, generator=generator())
-    x = late.add_noise(x0, noise, late.timesteps[7:8])
-    assert torch.equal(x, exact.add_noise(x0, noise, exact.timesteps[9:10]))
-    for timestep in late.timesteps[7:9]:
-        assert torch.equal(late.step(torch.ones_like(x), timestep, x, return_dict=False)[0], x)
+@pytest.mark.parametrize(
+    ("table", "begin", "idle"), [("epd2", 7, 1), ("epd2", 11, 0), ("multistep2", 2, 0), ("epd2-afs", 3, 1)]
+)
+def test_a_start_inside_a_step_leads_to_the_next_by_euler(
+    table: str, begin: int, idle: int, pipes: Callable[[str], Any]
+) -> None:
+    made = predictor(table, "sd15")
+    inside, after = (PredictorScheduler.from_predictor(made, pipes("sd15").scheduler) for _ in range(2))
+    inside.set_begin_index(begin)
+    first = inside._evaluations[begin]
+    sigma, shown, end = first.sigma, first.shown, float(first.table.sigma_next)
+    x0, noise = torch.randn(2, 1, 4, 8, 8, generator=generator(), dtype=torch.float64)
+    x = inside.add_noise(x0, noise, inside.timesteps[begin : begin + 1])
+    assert torch.allclose(x, x0 + sigma * noise)
+    output = torch.tanh(x)
+    expected = x + (end - sigma) * (shown * output) / sigma  # D = x - shown output, d = (x - D) / sigma
+    timesteps = inside.timesteps[begin:]
+    x = inside.step(output, timesteps[0], x, return_dict=False)[0]
+    for timestep in timesteps[1 : 1 + idle]:
+        x = inside.step(torch.ones_like(x), timestep, x, return_dict=False)[0]
+    assert torch.allclose(x, expected, rtol=1e-12)
+    after.set_begin_index(begin + 1 + idle) if begin + 1 + idle < len(after.timesteps) else None
     y = x
-    for timestep in late.timesteps[9:]:
-        assert torch.equal(late.scale_model_input(x, timestep), exact.scale_model_input(y, timestep))
-        x, y = (s.step(torch.tanh(z), timestep, z, return_dict=False)[0] for s, z in ((late, x), (exact, y)))
+    for timestep in timesteps[1 + idle :]:
+        assert torch.equal(inside.scale_model_input(x, timestep), after.scale_model_input(y, timestep))
+        x, y = (s.step(torch.tanh(z), timestep, z, return_dict=False)[0] for s, z in ((inside, x), (after, y)))
         assert torch.equal(x, y)
-    with pytest.raises(ValueError, match=r"begin index: 10; valid: \[0, 3, 6, 9\], where the predictor's steps start"):
-        late.set_begin_index(10)
+    with pytest.raises(ValueError, match=rf"begin index: 99; valid: 0 to {made.total_evaluations - 1}"):
+        inside.set_begin_index(99)
 
 
 def test_a_start_in_the_middle_is_the_rest_of_the_way(pipes: Callable[[str], Any]) -> None:
@@ -275,12 +296,12 @@ def test_a_start_in_the_middle_is_the_rest_of_the_way(pipes: Callable[[str], Any
     r, w, o, a = (part[rest] for part in parts)
     short = Predictor(EPDTable(r, w, o, a), VP[2:], False, made.backbone, 3.0, {})
     own = pipes("sd15").scheduler
-    whole, alone = (PredictorScheduler.from_predictor(p, own) for p in (made, short))
+    whole, alone = (PredictorScheduler.from_predictor(p, own, allow=["sigmas"]) for p in (made, short))
     whole.set_begin_index(6)
     assert torch.equal(whole.timesteps[6:], alone.timesteps)
-    x0, noise = torch.randn(2, 1, 4, 8, 8, generator=generator())
+    x0, noise = torch.randn(2, 1, 4, 8, 8, generator=generator(), dtype=torch.float64)
     x = whole.add_noise(x0, noise, whole.timesteps[6:7])
-    assert torch.allclose(x, x0 + VP[2].float() * noise)
+    assert torch.allclose(x, x0 + VP[2] * noise)
     y = x
     for timestep in alone.timesteps:
         assert torch.equal(whole.scale_model_input(x, timestep), alone.scale_model_input(y, timestep))
@@ -325,7 +346,7 @@ def test_the_state_keeps_single_precision_beside_a_half_precision_network(pipes:
     made = predictor("epd2", "sd15")
     pipe = pipes("sd15").to(torch.bfloat16)
     expected = sample(pipe, made, PROMPTS, generator(), output_type="latent")
-    assert expected.dtype == torch.float64
+    assert expected.dtype == torch.bfloat16
     common = {"guidance_scale": 3.0, "generator": generator(), "output_type": "latent"}
     latents = scheduled(pipe, made)(PROMPTS, num_inference_steps=STEPS, **common)
     assert latents.images.dtype == torch.bfloat16
@@ -358,6 +379,15 @@ def test_other_schedulers_take_its_configuration_and_the_other_way_round(pipes: 
     assert torch.equal(scheduler.timesteps, PredictorScheduler.from_predictor(made, pipe.scheduler).timesteps)
     other: Any = EulerDiscreteScheduler.from_config(scheduler.config)
     assert other.config.beta_start == 0.00085
+    for name in FAMILIES:
+        own = pipes(name).scheduler
+        back = type(own).from_config(PredictorScheduler.from_predictor(predictor("epd2", name), own).config)
+        kept = {key: value for key, value in own.config.items() if not key.startswith("_")}
+        assert kept == {key: back.config[key] for key in kept}
+    turned = PredictorScheduler.from_config(pipe.scheduler.config, predictor=made, prediction_type="v_prediction")
+    assert turned.preconditioning.prediction == turned.config.prediction_type == "v_prediction"
+    with pytest.raises(ValueError, match=r"allow: \['sigma'\]; valid: backbone, guidance_scale, sigmas"):
+        PredictorScheduler.from_predictor(made, pipe.scheduler, allow=["sigma"])  # type: ignore[list-item]
     assert torch.equal(PredictorScheduler.from_predictor(made, scheduler).timesteps, scheduler.timesteps)
     with pytest.raises(ValueError, match=r"predictor: none, .*; valid: from_config\(config, predictor=...\)"):
         PredictorScheduler.from_config(pipe.scheduler.config)
@@ -386,7 +416,9 @@ def test_what_is_pushed_to_the_hub_is_what_is_loaded_from_it(
     monkeypatch.setattr("backends.scheduler.create_repo", lambda *arguments, **named: Created)
     monkeypatch.setattr(PredictorScheduler, "_upload_folder", upload)
     scheduler.push_to_hub("predictor")
-    assert hub["user/predictor/README.md"].startswith(b"# ")
+    card = hub["user/predictor/README.md"].decode()
+    assert card.startswith("# predictor\n")
+    assert 'PredictorScheduler.from_pretrained("user/predictor")' in card
     monkeypatch.setattr("backends.scheduler.hf_hub_download", download)
     config = json.loads(hub["user/predictor/scheduler_config.json"])
     monkeypatch.setattr(PredictorScheduler, "load_config", classmethod(lambda *arguments, **named: (config, {}, None)))
@@ -426,7 +458,14 @@ def test_more_evaluations_than_the_table_has_are_refused(pipes: Callable[[str], 
     ("name", "change", "message"),
     [
         ("sd3", {"sigmas": VP}, "sigmas: from 14.6 on; valid: from 1 on, a flow network's noise"),
-        ("sd15", {"sigmas": logsnr(STEPS + 1, 0.002, 80.0)}, "sigmas: from 80.0 on; valid: at most 14.6"),
+        ("sd15", {"sigmas": logsnr(STEPS + 1, 0.002, 80.0)}, "sigmas: from 80.0 on; valid: from about 14.6"),
+        ("sd15", {"sigmas": FLOW}, "sigmas: from 1.0 on; valid: from about 14.6"),
+        (
+            "sd15",
+            {"backbone": Backbone("f", None, "", "FluxPipeline")},
+            "backbone: a variance-preserving network; valid: that of a Flux",
+        ),
+        ("sd15", {"table": per_image()}, "table: one for each of 5 images; valid: one for all"),
         ("sd3", {"afs": True}, "afs: True; valid: False, since a flow pipeline"),
         ("sd15", {"table": AMED(STEPS + 1, 4, 0.0, 0.0)}, "family: amed, .*; valid: epd or multistep"),
     ],
@@ -437,7 +476,7 @@ def test_a_predictor_that_does_not_fit_is_refused(
     made = Predictor(**{**vars(predictor("epd2", name)), **change})
     with pytest.raises(ValueError, match=message):
         PredictorScheduler.from_predictor(made, pipes(name).scheduler)
-    if "at most" in message:
+    if "about" in message:
         PredictorScheduler.from_predictor(made, pipes(name).scheduler, allow=["sigmas"])
 
 
@@ -446,13 +485,16 @@ def test_a_predictor_that_does_not_fit_is_refused(
     [
         ({"guidance_scale": 7.5}, r'guidance_scale: 7.5; valid: 3.0, .* or allow=\["guidance_scale"\]'),
         ({"output_type": "jpeg"}, "output_type: 'jpeg'; valid: pil, np, pt, latent"),
+        ({"generator": [torch.Generator()]}, "generator: 1 of them; valid: one, or one for each of the 2 images"),
+        ({"prompt": []}, "prompt, num_images_per_prompt: 0, 1; valid: one or more, 1 or more"),
+        ({"num_images_per_prompt": 0}, "prompt, num_images_per_prompt: 2, 0; valid: one or more"),
         ({"height": 17}, "height, width: 17, None; valid: multiples of 2"),
         ({"negative_prompt": ["one", "two", "three"]}, "negative_prompt: 3; valid: one, or one for each prompt"),
     ],
 )
 def test_arguments_of_sample_are_checked(use: dict[str, Any], message: str, pipes: Callable[[str], Any]) -> None:
     with pytest.raises(ValueError, match=message):
-        sample(pipes("sd15"), predictor("epd2", "sd15"), PROMPTS, **use)
+        sample(pipes("sd15"), predictor("epd2", "sd15"), **{"prompt": PROMPTS, **use})
 
 
 def test_a_backbone_is_compared_where_it_can_be(pipes: Callable[[str], Any]) -> None:
@@ -464,6 +506,48 @@ def test_a_backbone_is_compared_where_it_can_be(pipes: Callable[[str], Any]) -> 
     with pytest.raises(ValueError, match=r'backbone: someone/else; valid: tiny, .*allow=\["backbone"\]'):
         sample(pipe, made, "a boat")
     sample(pipe, made, "a boat", guidance_scale=1.0, allow=["backbone", "guidance_scale"])
+
+
+@pytest.mark.parametrize("guidance_scale", [0.0, 0.5])
+@pytest.mark.parametrize("name", ["sd15", "sd3"])
+def test_there_is_no_guidance_below_1_as_in_pipelines(name: str, guidance_scale: float, pipes: Callable[[str], Any]) -> None:
+    pipe, made = pipes(name), predictor("epd2", name, guidance_scale)
+    expected = sample(pipe, made, "a boat", generator(), **SIZE, output_type="latent")
+    common = {"num_inference_steps": STEPS, "guidance_scale": guidance_scale, "output_type": "latent", **SIZE}
+    assert torch.allclose(scheduled(pipe, made)("a boat", generator=generator(), **common).images, expected, atol=1e-4)
+
+
+def test_latents_are_those_of_the_pipeline(pipes: Callable[[str], Any]) -> None:
+    pipe, made = pipes("flux"), predictor("epd2", "flux")
+    found = sample(pipe, made, "a boat", generator(), height=16, width=32, output_type="latent")
+    common = {"num_inference_steps": STEPS, "guidance_scale": 3.0, "height": 16, "width": 32, "output_type": "latent"}
+    expected = scheduled(pipe, made)("a boat", generator=generator(), **common).images
+    assert found.shape == expected.shape == (1, 32, 16)
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_what_the_safety_checker_flags_is_black(pipes: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = pipes("sd15")
+    monkeypatch.setattr(pipe, "run_safety_checker", lambda images, device, dtype: (images, [False, True]))
+    images = sample(pipe, predictor("epd2", "sd15"), PROMPTS, output_type="pt")
+    assert [float(image.max()) > 0 for image in images] == [True, False]
+
+
+def test_a_network_that_is_shown_the_guidance_scale_is_refused(pipes: Callable[[str], Any]) -> None:
+    pipe = pipes("sd15")
+    pipe.unet.register_to_config(time_cond_proj_dim=256)
+    with pytest.raises(ValueError, match=r"time_cond_proj_dim: .*; valid: "):
+        sample(pipe, predictor("epd2", "sd15"), "a boat")
+
+
+def test_no_image_is_kept_when_it_is_done(pipes: Callable[[str], Any]) -> None:
+    pipe = scheduled(pipes("sd15"), predictor("plugin2", "sd15"))
+    pipe("a boat", num_inference_steps=STEPS)
+    kept = vars(pipe.scheduler)
+    assert not any(kept[name] for name in ("_outputs", "_earlier"))
+    assert all(kept[name] is None for name in ("_x", "_state", "_returned"))
+    assert pipe.scheduler.sigmas[-1] == VP[-1].float()
+    assert len(pipe.scheduler.sigmas) == len(pipe.scheduler.timesteps) + 1
 
 
 def test_a_pipeline_of_no_known_family_is_refused(pipes: Callable[[str], Any]) -> None:
@@ -492,8 +576,13 @@ def test_times_of_the_training_s_noise_levels_are_its_own() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
+        ({"prediction_type": "epsilon"}, "beta_schedule, trained_betas: none; valid: one of them"),
+        ({}, "prediction_type: None; valid: epsilon"),
         ({"prediction_type": "score"}, "prediction_type: 'score'; valid: epsilon, v_prediction, sample, flow_prediction"),
-        ({"prediction_type": "epsilon", "rescale_betas_zero_snr": True}, "rescale_betas_zero_snr: True, .*; valid: False"),
+        (
+            {"prediction_type": "epsilon", "beta_schedule": "linear", "rescale_betas_zero_snr": True},
+            "rescale_betas_zero_snr: True, .*; valid: False",
+        ),
     ],
 )
 def test_a_network_trained_otherwise_is_refused(config: dict[str, Any], message: str) -> None:

@@ -1,0 +1,115 @@
+"""Images by a diffusers pipeline and a predictor, with the points of each step as one batch."""
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, FluxPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
+from diffusers.utils.torch_utils import randn_tensor
+
+from backends.backend import counted_denoiser
+from backends.flux import Flux, packed
+from backends.stable_diffusion import StableDiffusion
+from backends.stable_diffusion_3 import StableDiffusion3
+from solvers import Predictor, integrate, load_predictor
+from solvers.predictor import Difference
+
+
+@torch.no_grad()
+def sample(
+    pipe: DiffusionPipeline,
+    predictor: Predictor | Path | str,
+    prompt: str | Sequence[str],
+    generator: torch.Generator | list[torch.Generator] | None = None,
+    *,
+    negative_prompt: str | Sequence[str] | None = None,
+    guidance_scale: float | None = None,
+    num_images_per_prompt: int = 1,
+    height: int | None = None,
+    width: int | None = None,
+    output_type: str = "pil",
+    allow: Collection[Difference] = (),
+) -> Any:
+    """Images of prompts by a predictor, with the points of each step as one batch: `serial_evaluations` calls of the network.
+
+    They are those that the pipeline makes with the predictor's PredictorScheduler, to rounding, for the same generator. A
+    pipeline knows its model's name where that came from the hub, but not its revision: pin that where the pipeline is loaded.
+
+    Args:
+        pipe: a StableDiffusionPipeline, StableDiffusion3Pipeline or FluxPipeline, with its weights where it is to run.
+        predictor: itself, or its folder.
+        prompt: one or several.
+        generator: of the noise; a list has one for each image.
+        negative_prompt: what guidance leads away from, one for all prompts or one for each; not for FLUX.
+        guidance_scale: None is the predictor's own.
+        num_images_per_prompt: as in the pipeline; images of the same prompt follow one another.
+        height, width: in pixels; None: the model's own.
+        output_type: "pil", a list; "np", (B, H, W, C); "pt", (B, C, H, W), in [0, 1]; "latent", as the pipeline's.
+        allow: what may differ from what the predictor was made for: "backbone", "guidance_scale", "sigmas".
+
+    Raises:
+        TypeError: the pipeline is none of these.
+        ValueError: the predictor was made for something else; an argument is not as it has to be.
+    """
+    if output_type not in ("pil", "np", "pt", "latent"):
+        raise ValueError(f"output_type: {output_type!r}; valid: pil, np, pt, latent")
+    found = predictor if isinstance(predictor, Predictor) else load_predictor(predictor)
+    scale = found.guidance_scale if guidance_scale is None else guidance_scale
+    backend, rows_scale = backend_of(pipe, height, width, scale)
+    if found.backbone.pipeline not in (None, backend.pipeline) and "backbone" not in allow:
+        made_for = f"a {found.backbone.pipeline}, which the predictor was made for"
+        raise ValueError(f'backbone: a {backend.pipeline}; valid: {made_for}, or allow=["backbone"]')
+    name = pipe.name_or_path  # a local folder has no id of the hub to compare
+    found.used_for(None if not name or Path(name).exists() else name, guidance_scale=scale, allow=allow)
+    backend.preconditioning.check(found, allow)
+    prompts, negative = batch(prompt, negative_prompt, num_images_per_prompt)
+    if negative is not None and isinstance(backend, Flux):
+        raise ValueError(f"negative_prompt: {negative_prompt!r}; valid: none, FLUX has its guidance embedded")
+    if isinstance(generator, list) and len(generator) != len(prompts):
+        raise ValueError(f"generator: {len(generator)} of them; valid: one, or one for each of the {len(prompts)} images")
+    device = pipe._execution_device
+    noise = randn_tensor((len(prompts), *backend.spec.shape), generator, device, pipe.dtype)
+    start = found.sigmas[0] * noise.to(torch.float64 if device.type == "cpu" else torch.float32)
+    denoise, _ = counted_denoiser(backend, prompts, rows_scale, negative)
+    x = integrate(denoise, found, start, found.sigmas)
+    packed_or_not = packed(x) if isinstance(backend, Flux) else x
+    images = packed_or_not.to(pipe.dtype) if output_type == "latent" else backend.decode(x)
+    pipe.maybe_free_model_hooks()
+    if output_type in ("pt", "latent"):
+        return images
+    arrays = pipe.image_processor.pt_to_numpy(images)  # type: ignore[attr-defined]
+    return pipe.image_processor.numpy_to_pil(arrays) if output_type == "pil" else arrays  # type: ignore[attr-defined]
+
+
+Pipelines = StableDiffusion | StableDiffusion3 | Flux
+
+
+def backend_of(
+    pipe: DiffusionPipeline, height: int | None, width: int | None, guidance_scale: float
+) -> tuple[Pipelines, float]:
+    """The frozen model of a pipeline, and the scale of the guidance that is to be made in two rows; below 1 there is none."""
+    match pipe:
+        case StableDiffusionPipeline():
+            return StableDiffusion(pipe, height, width), max(guidance_scale, 1.0)
+        case StableDiffusion3Pipeline():
+            return StableDiffusion3(pipe, height, width), max(guidance_scale, 1.0)
+        case FluxPipeline():
+            return Flux(pipe, height, width, guidance_scale), 1.0
+    valid = "StableDiffusionPipeline, StableDiffusion3Pipeline, FluxPipeline"
+    raise TypeError(f"pipe: {type(pipe).__name__}; valid: {valid}")
+
+
+def batch(prompt: str | Sequence[str], negative: str | Sequence[str] | None, images: int) -> tuple[list[str], list[str] | None]:
+    """The prompts and negative prompts of all images, those of the same prompt after one another."""
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if not prompts or images < 1:
+        raise ValueError(f"prompt, num_images_per_prompt: {len(prompts)}, {images}; valid: one or more, 1 or more")
+    if negative is None:
+        others = None
+    else:
+        others = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
+        if len(others) != len(prompts):
+            raise ValueError(f"negative_prompt: {len(others)}; valid: one, or one for each prompt")
+    each, rest = ([text for text in texts for _ in range(images)] for texts in (prompts, others or []))
+    return each, rest or None
