@@ -30,6 +30,7 @@ RECORD_BYTES = 4096
 """More than a version's record has."""
 
 NAME = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")
+VERSION_LIKE = re.compile(r"[vV]?\d")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 FETCH = re.compile(r"(?:(?<=\n## Use\n)|\n## Fetch\n)\n```sh\npython -m stages\.pull .*\n```\n")
 
@@ -90,6 +91,8 @@ class Registry:
             if not versions:
                 raise self._unknown(name, version)
             return max(versions, key=lambda found: (versions[found].prerelease is None, versions[found]))
+        if VERSION_LIKE.match(version):
+            raise RegistryError(f"version: found {version!r}; valid: as v1.0.0 or v1.0.0-rc.1, latest, or a stage's name")
         check_stage(version)
         try:
             data = self.remote.read(f"{name}/stages/{version}.json", RECORD_BYTES)
@@ -219,8 +222,9 @@ def check_name(name: str) -> None:
 
 def check_stage(stage: str) -> None:
     """Raise unless it may name a stage."""
-    if not NAME.fullmatch(stage) or stage == "latest":
-        raise RegistryError(f"stage: found {stage!r}; valid: a to z, 0 to 9 and, between them, '-'; not 'latest'")
+    if not NAME.fullmatch(stage) or stage == "latest" or VERSION_LIKE.match(stage):
+        valid = "a to z, 0 to 9 and, between them, '-'; not 'latest', and nothing like a version"
+        raise RegistryError(f"stage: found {stage!r}; valid: {valid}")
 
 
 def sha256(data: bytes) -> str:

@@ -27,6 +27,9 @@ TIMEOUTS = {"connect_timeout": 5, "read_timeout": 30}
 MESSAGE = 4000
 """Characters that are shown of one: what lies at a remote may make it endless."""
 
+SHORTEST_SECRET = 8
+"""Characters. Real ones have sixteen or more; the word "test" in place of one stays readable in other words."""
+
 SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 BUCKET = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9](?:/(?!\.{1,2}(?:/|$))[A-Za-z0-9_.=+-]+)*)/?")
 
@@ -41,7 +44,8 @@ class RegistryError(Exception):
 def scrubbed(message: str) -> str:
     """A message in one line, without control characters, and without the credentials of the environment or of URLs in it."""
     for name in SECRETS:
-        if value := os.environ.get(name, "").strip():
+        value = os.environ.get(name, "").strip()
+        if len(value) >= SHORTEST_SECRET:
             message = message.replace(value, f"[{name}]")
     words = "".join(c if c.isprintable() else " " for c in message).split()
     found = " ".join(map(_without_password, words))

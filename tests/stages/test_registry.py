@@ -761,12 +761,20 @@ def test_what_will_not_pass_is_told_at_once(status: str, flaky: Flaky, bucket: s
 
 
 def test_messages_are_one_line_without_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "se/cret\n")
-    assert remote.scrubbed("a se/cret\n\x1b[2Jat 'http://user:pass@word@host/x', user:pass@host") == (
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "long/secret\n")
+    assert remote.scrubbed("a long/secret\n\x1b[2Jat 'http://user:pass@word@host/x', user:pass@host") == (
         "a [AWS_SECRET_ACCESS_KEY] [2Jat [credentials]@host/x', [credentials]@host"
     )
     assert remote.scrubbed("file:///a@b: rdpo@v1.0.0") == "file:///a@b: rdpo@v1.0.0"
     assert len(remote.scrubbed("a:" * 10**6)) == remote.MESSAGE + len(" ... ")
+
+
+@pytest.mark.parametrize("version", ["1.0", "v1.0", "V1.0.0", "1"])
+def test_what_is_nearly_a_version_is_told_so(version: str, tmp_path: Path) -> None:
+    with pytest.raises(RegistryError, match=f"version: found '{version}'; valid: as v1.0.0 or v1.0.0-rc.1, latest, or a stage"):
+        Registry(f"file://{tmp_path}").pull("rdpo", version, tmp_path / "out")
+    with pytest.raises(RegistryError, match=f"stage: found '{version}'; valid: .* nothing like a version"):
+        Registry(f"file://{tmp_path}").publish(tmp_path, "rdpo", "v1.0.0", stage=version)
 
 
 # The commands
