@@ -218,6 +218,8 @@ class Folder:
             (self.root / path).hardlink_to(temporary)
 
     def names(self, path: str) -> list[str]:
+        if not self.root.exists():
+            raise RegistryError(f"{self.url}: no such folder; check the URL")
         with suppress(FileNotFoundError), plainly(self.root / path, FileNotFoundError):
             return [file.name for file in (self.root / path).iterdir()]
         return []

@@ -769,6 +769,13 @@ def test_messages_are_one_line_without_credentials(monkeypatch: pytest.MonkeyPat
     assert len(remote.scrubbed("a:" * 10**6)) == remote.MESSAGE + len(" ... ")
 
 
+@pytest.mark.parametrize("version", ["v1.0.0", "latest", "prod"])
+def test_a_folder_that_does_not_exist_is_told(version: str, tmp_path: Path) -> None:
+    with pytest.raises(RegistryError, match=f"file://{tmp_path}/none: no such folder; check the URL"):
+        Registry(f"file://{tmp_path}/none").pull("rdpo", version, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("version", ["1.0", "v1.0", "V1.0.0", "1"])
 def test_what_is_nearly_a_version_is_told_so(version: str, tmp_path: Path) -> None:
     with pytest.raises(RegistryError, match=f"version: found '{version}'; valid: as v1.0.0 or v1.0.0-rc.1, latest, or a stage"):
