@@ -22,8 +22,6 @@ class Flux:
         guidance_scale: that the network is shown, where it is distilled for guidance (FLUX.1-dev).
     """
 
-    pipeline = "FluxPipeline"
-
     def __init__(
         self, pipe: FluxPipeline, height: int | None = None, width: int | None = None, guidance_scale: float = 1.0
     ) -> None:

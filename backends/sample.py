@@ -10,6 +10,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from backends.backend import counted_denoiser
 from backends.flux import Flux, packed
+from backends.latents import check_backbone
 from backends.stable_diffusion import StableDiffusion
 from backends.stable_diffusion_3 import StableDiffusion3
 from solvers import Predictor, integrate, load_predictor
@@ -21,7 +22,7 @@ def sample(
     pipe: DiffusionPipeline,
     predictor: Predictor | Path | str,
     prompt: str | Sequence[str],
-    generator: torch.Generator | list[torch.Generator] | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
     *,
     negative_prompt: str | Sequence[str] | None = None,
     guidance_scale: float | None = None,
@@ -57,19 +58,17 @@ def sample(
     found = predictor if isinstance(predictor, Predictor) else load_predictor(predictor)
     scale = found.guidance_scale if guidance_scale is None else guidance_scale
     backend, rows_scale = backend_of(pipe, height, width, scale)
-    if found.backbone.pipeline not in (None, backend.pipeline) and "backbone" not in allow:
-        made_for = f"a {found.backbone.pipeline}, which the predictor was made for"
-        raise ValueError(f'backbone: a {backend.pipeline}; valid: {made_for}, or allow=["backbone"]')
-    name = pipe.name_or_path  # a local folder has no id of the hub to compare
-    found.used_for(None if not name or Path(name).exists() else name, guidance_scale=scale, allow=allow)
+    check_backbone(found, pipe, allow)
+    found.used_for(guidance_scale=scale, allow=allow)
     backend.preconditioning.check(found, allow)
     prompts, negative = batch(prompt, negative_prompt, num_images_per_prompt)
     if negative is not None and isinstance(backend, Flux):
         raise ValueError(f"negative_prompt: {negative_prompt!r}; valid: none, FLUX has its guidance embedded")
-    if isinstance(generator, list) and len(generator) != len(prompts):
-        raise ValueError(f"generator: {len(generator)} of them; valid: one, or one for each of the {len(prompts)} images")
+    each = generator if generator is None or isinstance(generator, torch.Generator) else list(generator)
+    if isinstance(each, list) and len(each) != len(prompts):
+        raise ValueError(f"generator: {len(each)} of them; valid: one, or one for each of the {len(prompts)} images")
     device = pipe._execution_device
-    noise = randn_tensor((len(prompts), *backend.spec.shape), generator, device, pipe.dtype)
+    noise = randn_tensor((len(prompts), *backend.spec.shape), each, device, pipe.dtype)
     start = found.sigmas[0] * noise.to(torch.float64 if device.type == "cpu" else torch.float32)
     denoise, _ = counted_denoiser(backend, prompts, rows_scale, negative)
     x = integrate(denoise, found, start, found.sigmas)

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import ConfigMixin, SchedulerMixin
+from diffusers import ConfigMixin, DiffusionPipeline, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from huggingface_hub import create_repo, hf_hub_download
 from torch import Tensor
 
+from backends.latents import check_backbone
 from backends.preconditioning import TRAINING, Preconditioning
 from solvers import AMED, Predictor, StepTable, load_predictor, save_predictor
 from solvers.integrate import Outputs, advance, evaluation_state, next_state, output_of, put_analytic
@@ -101,18 +102,24 @@ class PredictorScheduler(SchedulerMixin, ConfigMixin):
 
     @classmethod
     def from_predictor(
-        cls, predictor: Predictor | Path | str, scheduler: SchedulerMixin, allow: Collection[Difference] = ()
+        cls,
+        predictor: Predictor | Path | str,
+        pipe: DiffusionPipeline | SchedulerMixin,
+        allow: Collection[Difference] = (),
     ) -> "PredictorScheduler":
-        """The scheduler of a predictor, or of its folder, for the network that another scheduler was made for.
+        """The scheduler of a predictor, or of its folder, for a pipeline.
 
         Args:
             predictor: itself, or where it lies.
-            scheduler: the pipeline's own.
-            allow: "backbone": a predictor that was made for a pipeline of another class. "sigmas": noise levels beyond those
-                that the network was trained for.
+            pipe: the pipeline; or its own scheduler alone, which does not say which model it belongs to.
+            allow: "backbone": another model than the predictor was made for. "sigmas": noise levels beyond those that the
+                network was trained for.
         """
         found = predictor if isinstance(predictor, Predictor) else load_predictor(predictor)
-        return cls.from_config(scheduler.config, predictor=found, allow=allow)  # type: ignore[attr-defined]
+        if isinstance(pipe, DiffusionPipeline):
+            check_backbone(found, pipe, allow)
+            pipe = pipe.scheduler  # type: ignore[attr-defined]
+        return cls.from_config(pipe.config, predictor=found, allow=allow)  # type: ignore[attr-defined]
 
     @classmethod
     def from_config(
@@ -219,7 +226,8 @@ class PredictorScheduler(SchedulerMixin, ConfigMixin):
             ValueError: there is none of this number.
         """
         if not 0 <= begin_index < len(self._evaluations):
-            raise ValueError(f"begin index: {begin_index}; valid: 0 to {len(self._evaluations) - 1}, the table's evaluations")
+            last = len(self._evaluations) - 1
+            raise ValueError(f"begin index: {begin_index}; valid: 0 to {last} (image to image: a strength of a step or more)")
         self._begin_index = begin_index
 
     def set_timesteps(

@@ -20,8 +20,6 @@ class StableDiffusion:
         height, width: of the images, in pixels; None: the model's own.
     """
 
-    pipeline = "StableDiffusionPipeline"
-
     def __init__(self, pipe: StableDiffusionPipeline, height: int | None = None, width: int | None = None) -> None:
         if pipe.unet.config.time_cond_proj_dim is not None:
             raise ValueError("time_cond_proj_dim: a U-Net that is shown the guidance scale; valid: one that is not")

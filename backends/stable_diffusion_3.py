@@ -20,8 +20,6 @@ class StableDiffusion3:
         height, width: of the images, in pixels; None: the model's own.
     """
 
-    pipeline = "StableDiffusion3Pipeline"
-
     def __init__(self, pipe: StableDiffusion3Pipeline, height: int | None = None, width: int | None = None) -> None:
         self.pipe = pipe
         self.preconditioning = Preconditioning.of(pipe.scheduler.config)

@@ -44,13 +44,13 @@ def main(
             predictor = predictor or untrained(Path(folder), model, family)
         size: dict[str, Any] = {"height": 16, "width": 16} if Path(model).parent == Path(folder) else {}
         dtype = torch.float16 if device == "cuda" else torch.float32
-        pipe: Any = DiffusionPipeline.from_pretrained(model, torch_dtype=dtype).to(device)
+        pipe: Any = DiffusionPipeline.from_pretrained(model, dtype=dtype).to(device)
         table = load_predictor(predictor or "")
 
         images = sample(pipe, table, prompt, torch.Generator().manual_seed(0), **size)
         print(f"batched: {table.serial_evaluations} calls of the network")
 
-        pipe.scheduler = PredictorScheduler.from_predictor(table, pipe.scheduler)
+        pipe.scheduler = PredictorScheduler.from_predictor(table, pipe)
         arguments = {"num_inference_steps": table.table.num_steps - 1, "guidance_scale": table.guidance_scale, **size}
         successive = pipe(prompt, generator=torch.Generator().manual_seed(0), **arguments).images
         print(f"successive: {table.total_evaluations} calls of the network")

@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 PIPELINE = """from backends.sample import sample
 from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained({backbone})
-images = sample(pipe, "{folder}", "a lighthouse at dusk")
+images = sample(pipe, {folder}, "a lighthouse at dusk")
 """
 """How to use a predictor with a pipeline; with the line that fetches it, five lines."""
 
 DENOISER = """from solvers import integrate, load_predictor
-predictor = load_predictor("{folder}")
+predictor = load_predictor({folder})
 x = integrate(denoise, predictor, predictor.sigmas[0] * noise, predictor.sigmas)
 """
 """How to use one with any model."""
@@ -86,9 +86,9 @@ def _metrics(metrics: "tuple[Metric, ...]", serial: int, total: int) -> str:
 def _use(predictor: "Predictor", name: str) -> str:
     backbone = predictor.backbone
     if backbone.pipeline is None:
-        return DENOISER.format(folder=name)
+        return DENOISER.format(folder=json.dumps(name, ensure_ascii=False))
     revision = f", revision={json.dumps(backbone.revision)}" if backbone.revision else ""
-    return PIPELINE.format(folder=name, backbone=json.dumps(backbone.name) + revision)
+    return PIPELINE.format(folder=json.dumps(name, ensure_ascii=False), backbone=json.dumps(backbone.name) + revision)
 
 
 def _advice(predictor: "Predictor", name: str) -> str:
@@ -97,7 +97,7 @@ def _advice(predictor: "Predictor", name: str) -> str:
     arguments = f"num_inference_steps={predictor.table.num_steps - 1}, guidance_scale={predictor.guidance_scale:g}"
     return f"""`sample` evaluates a step's points as one batch. For every feature of the pipeline (callbacks, image to image),
 one evaluation after the other, make the predictor its scheduler:
-`pipe.scheduler = PredictorScheduler.from_predictor("{name}", pipe.scheduler)`, then
+`pipe.scheduler = PredictorScheduler.from_predictor({json.dumps(name, ensure_ascii=False)}, pipe)`, then
 `pipe("a lighthouse at dusk", {arguments})`. No file of the predictor is ever executed."""
 
 

@@ -153,7 +153,8 @@ class Predictor:
                 raise ValueError(f'{what}: {found}; valid: {valid}, which the predictor was made for, or allow=["{what}"]')
         if sigmas is None:
             return self
-        if "sigmas" not in allow:
+        check_grid(sigmas)
+        if "sigmas" not in allow or len(sigmas) != len(self.sigmas):
             self.check_sigmas(sigmas)
         return replace(self, sigmas=sigmas)
 
@@ -202,8 +203,10 @@ def load_predictor(
 ) -> Predictor:
     """Read a predictor's folder and check it, and that it is what the caller needs (see `Predictor.used_for`).
 
+    The weights of EPD's points have to sum to 1; the coefficients of a learned multistep solver need not. The card is not read.
+
     Raises:
-        FileNotFoundError: a file is missing.
+        FileNotFoundError: the tensors or the record are missing.
         ValueError: a file is not what `save_predictor` writes, with the file, what was found and what would be valid; or the
             predictor was made for something else.
     """
@@ -367,7 +370,7 @@ RECORD_TYPES: dict[str, Any] = {
 
 def _read_record(path: Path) -> dict[str, Any]:
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error}); valid: a predictor's record") from error
     _require(isinstance(record, dict), path, type(record).__name__, "an object")
@@ -388,6 +391,13 @@ def _read_record(path: Path) -> dict[str, Any]:
     _require(family in SETTINGS, path, f"family {family!r}", ", ".join(SETTINGS))
     _require_types(record["settings"], SETTINGS[family], path / "settings")
     return record
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError(f"a key twice among {', '.join(sorted(key for key, _ in pairs))[:200]}")
+    return found
 
 
 def _require_types(values: dict[str, Any], types: dict[str, Any], path: Path) -> None:

@@ -42,13 +42,14 @@ class Published:
         resolution: of its images.
         sigmas: noise levels that the backbone was trained for, increasing: all of them, or both ends.
         guidance_scale: that the published tables were made with.
-        shift: of a flow model's schedule.
+        schedule: that they were made on, and its shift for a flow model.
     """
 
     backbone: Backbone
     resolution: int
     sigmas: Tensor
     guidance_scale: float = 1.0
+    schedule: str = "time_uniform"
     shift: float = 1.0
 
 
@@ -76,7 +77,7 @@ def sd3(resolution: int) -> Published:
         "stabilityai/stable-diffusion-3-medium-diffusers", None, "Stability AI Community License", "StableDiffusion3Pipeline"
     )
     once = flow(3.0)
-    return Published(backbone, resolution, 3 * once / (1 + 2 * once), guidance_scale=4.5, shift=3.0)
+    return Published(backbone, resolution, 3 * once / (1 + 2 * once), guidance_scale=4.5, schedule="flowmatch", shift=3.0)
 
 
 SHIFT_AT_1024 = dynamic_shift(64 * 64)
@@ -94,6 +95,7 @@ BACKBONES = {
         512,
         variance_preserving(0.00085, 0.012),
         guidance_scale=7.5,
+        schedule="discrete",
     ),
     "sd3-512": sd3(512),
     "sd3-1024": sd3(1024),
@@ -102,6 +104,7 @@ BACKBONES = {
         1024,
         flow(SHIFT_AT_1024),
         guidance_scale=3.5,
+        schedule="flowmatch",
         shift=SHIFT_AT_1024,
     ),
 }
@@ -157,7 +160,7 @@ def imported(
             raise ValueError(f"backbone: {key!a}; valid: --backbone, one of {', '.join(BACKBONES)}")
         published = BACKBONES[key]
         sigmas = grid(settings, table.num_steps, published)
-        corrections = corrected(settings, published)
+        corrections = corrected(settings, published, sigmas[-1].item())
         if named not in (None, key):
             corrections.append(f"made for {named!a}, taken for {key} as asked")
         afs, scale = flag(settings, "afs"), guidance(settings, published)
@@ -180,25 +183,16 @@ def from_pickle(data: bytes) -> tuple[EPDTable, dict[str, Any]]:
     contents = read_pickle(data)
     model = contents.get("model") if isinstance(contents, dict) else contents
     if not isinstance(model, Inert) or not isinstance(model.state.get("_parameters"), dict):
-        raise ValueError(f"no module {'at model' if isinstance(contents, dict) else ''}; valid: a pickled EPD_predictor")
+        raise ValueError(f"no module{' at model' if isinstance(contents, dict) else ''}; valid: a pickled EPD_predictor")
     state = model.state
+    if others := sorted(map(str, set(state["_parameters"]) - set(PARAMETERS))):
+        raise ValueError(f"parameters {', '.join(others)[:200]!a}; valid: {', '.join(PARAMETERS)} alone")
     r, o, a, w = (parameter(state["_parameters"], name) for name in PARAMETERS)
     settings = plain_ones({key: value for key, value in state.items() if not key.startswith("_") and key != "training"})
     scale_dir, scale_time = (number(settings, name, 0.0) for name in ("scale_dir", "scale_time"))
     check_scales(scale_dir=scale_dir, scale_time=scale_time)
     direction, time = within(scale_dir, o), within(scale_time, a)
-    if flag(settings, "fcn"):
-        direction[-1] = 1.0
-    match settings.get("sampler_stu"):
-        case "epd":
-            order = 1
-        case "ipndm":
-            order = number(settings, "max_order", 4)
-            if order != int(order):
-                raise ValueError(f"max_order: {order}; valid: a whole number")
-        case other:
-            raise ValueError(f"sampler_stu: {other!a}; valid: epd or ipndm")
-    return made(r.sigmoid(), w.softmax(-1), direction, time, settings, int(order)), settings
+    return made(r.sigmoid(), w.softmax(-1), direction, time, settings), settings
 
 
 MOST_NUMBERS = 1000
@@ -229,14 +223,15 @@ def from_npz(data: bytes) -> tuple[EPDTable, dict[str, Any]]:
     if weight.ndim != 2 or weight.numel() > MOST_NUMBERS:
         raise ValueError(f"weight: shape {tuple(weight.shape)}; valid: (N, K), at most {MOST_NUMBERS} numbers")
     total = weight.sum(-1, keepdim=True)
-    if not torch.allclose(total, torch.ones_like(total), rtol=0, atol=1e-4):
+    rounding = 1e-4 if tables["weight"].dtype.itemsize > 2 else 1e-2
+    if not torch.allclose(total, torch.ones_like(total), rtol=0, atol=rounding):
         raise ValueError(f"weight: sums {total.flatten().tolist()}; valid: 1 for each step")
     direction, time = (tensors.get(name, torch.ones_like(r)) for name in ("scale_dir", "scale_time"))
-    return made(r, weight / total, direction, time, settings, 1), settings
+    return made(r, weight / total, direction, time, {"sampler_stu": "epd", **settings}), settings
 
 
-def made(r: Tensor, w: Tensor, o: Tensor, a: Tensor, settings: dict[str, Any], order: int) -> EPDTable:
-    """The table, checked against the numbers of steps and points that the file says it has."""
+def made(r: Tensor, w: Tensor, o: Tensor, a: Tensor, settings: dict[str, Any]) -> EPDTable:
+    """The table of a student, checked against the numbers of steps and points that the file says it has."""
     for name, value, high in (("r", r, 1.0), ("weight", w, None), ("scale_dir", o, math.inf), ("scale_time", a, math.inf)):
         if value.numel() > MOST_NUMBERS or value.ndim != 2:
             raise ValueError(f"{name}: shape {tuple(value.shape)}; valid: (N, K), at most {MOST_NUMBERS} numbers")
@@ -244,11 +239,27 @@ def made(r: Tensor, w: Tensor, o: Tensor, a: Tensor, settings: dict[str, Any], o
             raise ValueError(f"{name}: a number that is not finite; valid: finite numbers")
         if high is not None and not bool(((value > 0) & (value < high)).all()):
             raise ValueError(f"{name}: {value.tolist()}; valid: numbers between 0 and {high:g}")
-    table = EPDTable(r, w, o, a, order)
+    if flag(settings, "fcn"):
+        o = torch.cat([o[:-1], torch.ones_like(o[-1:])])
+    table = EPDTable(r, w, o, a, order_of(settings))
     for name, found in (("num_steps", table.num_steps), ("num_points", table.num_points)):
         if settings.get(name, found) != found:
             raise ValueError(f"{name}: {settings[name]!a}, and arrays of shape {tuple(r.shape)}; valid: {found}")
     return table
+
+
+def order_of(settings: dict[str, Any]) -> int:
+    """How many directions the student looks back on, its own included: 1 for EPD-Solver."""
+    match settings.get("sampler_stu"):
+        case "epd":
+            return 1
+        case "ipndm":
+            order = number(settings, "max_order", 4)
+            if order != int(order):
+                raise ValueError(f"max_order: {order}; valid: a whole number")
+            return int(order)
+        case other:
+            raise ValueError(f"sampler_stu: {other!a}; valid: epd or ipndm")
 
 
 def parameter(parameters: dict[str, Any], name: str) -> Tensor:
@@ -278,7 +289,7 @@ def grid(settings: dict[str, Any], num_steps: int, published: Published) -> Tens
     """The noise levels that the table was learned on, (num_steps,)."""
     low, high = published.sigmas[0].item(), published.sigmas[-1].item()
     rho = number(settings, "schedule_rho", 1.0)
-    match settings.get("schedule_type", "flowmatch" if high == 1 else None):
+    match settings.get("schedule_type") or published.schedule:
         case "polynomial":
             return polynomial(num_steps, low, high, rho)
         case "logsnr":
@@ -293,16 +304,22 @@ def grid(settings: dict[str, Any], num_steps: int, published: Published) -> Tens
             raise ValueError(f"schedule_type: {other!a}; valid: polynomial, logsnr, time_uniform, discrete, flowmatch")
 
 
-def corrected(settings: dict[str, Any], published: Published) -> list[str]:
-    """Set the settings right where they are known to be wrong, and say what was."""
-    found = number(settings, "img_resolution", published.resolution)
-    if published.backbone.pipeline is None or found == published.resolution:
+def corrected(settings: dict[str, Any], published: Published, last: float) -> list[str]:
+    """Set the settings right where they are known to be wrong, and say what was, or is otherwise than it seems."""
+    found, config = number(settings, "img_resolution", published.resolution), settings.get("backend_config")
+    if published.backbone.pipeline is None:
         return []
-    settings["img_resolution"] = published.resolution
-    config = settings.get("backend_config")
-    if isinstance(config, dict) and "resolution" in config:
-        settings["backend_config"] = {**config, "resolution": published.resolution}
-    return [f"img_resolution {found:g}, corrected to {published.resolution}, that of {published.backbone.name}"]
+    config = config if isinstance(config, dict) else {}
+    notes = []
+    if found != published.resolution:
+        settings["img_resolution"] = published.resolution
+        if "resolution" in config:
+            settings["backend_config"] = {**config, "resolution": published.resolution}
+        notes.append(f"img_resolution {found:g}, corrected to {published.resolution}, that of {published.backbone.name}")
+    lowest = number({**config, **{k: v for k, v in settings.items() if v is not None}}, "sigma_min", last)
+    if abs(lowest - last) > 1e-3 * last:
+        notes.append(f"sigma_min {lowest:.6g}, before the schedule's shift: the grid ends at {last:.6g}")
+    return notes
 
 
 def guidance(settings: dict[str, Any], published: Published) -> float:

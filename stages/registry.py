@@ -34,7 +34,7 @@ VERSION_LIKE = re.compile(r"[vV]?\d")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 FETCH = re.compile(r"(?:(?<=\n## Use\n)|\n## Fetch\n)\n```sh\npython -m stages\.pull .*\n```\n")
 
-TITLE = re.compile(r"# (\w[\w.-]*)\n", re.ASCII)
+TITLE = re.compile(r"# (\w[^/\n]*)\n")
 
 Contents = dict[str, bytes]  # of each of FILES
 
@@ -57,7 +57,7 @@ class Registry:
     def publish(self, folder: Path | str, name: str, version: str, stage: str | None = None) -> str:
         """Publish a predictor's folder, and let `stage` stand for it; returns the sha256 of the version's record.
 
-        The same content may be published again, which does nothing; other content under a version that exists is refused.
+        The same content may be published again, which mends it; other content under a version that exists is refused.
         """
         check_name(name)
         if _semantic(version) is None:
@@ -67,11 +67,12 @@ class Registry:
         contents = self._contents(Path(folder), name, version)
         record = encode(name, version, contents)
         place = f"{name}/versions/{version}.json"
-        if self._holds(place, record):
-            told(f"{name}@{version}: published already with the same content; nothing to do")
+        held = self._holds(place, record)
+        for data in contents.values():  # again where the version is held: one may have been damaged since
+            self.remote.write(f"{name}/objects/{sha256(data)}", data)
+        if held:
+            told(f"{name}@{version}: published already with the same content")
         else:
-            for data in contents.values():
-                self.remote.write(f"{name}/objects/{sha256(data)}", data)
             try:
                 self.remote.create(place, record)
             except FileExistsError:  # by another publisher in the meantime, or by a try whose answer was lost
@@ -147,8 +148,8 @@ class Registry:
         except UnicodeDecodeError as error:
             raise RegistryError(f"{folder / CARD}: {error}; valid: a text in UTF-8") from None
         title = TITLE.match(card)  # the folder that the lines below it read from
-        out = title[1] if title else name
-        line = f"python -m stages.pull {name}@{version} --remote {shlex.quote(self.remote.url)} --out {out}"
+        out, remote = shlex.quote(title[1] if title else name), shlex.quote(self.remote.url)
+        line = f"python -m stages.pull {name}@{version} --remote {remote} --out {out}"
         return contents | {CARD: _with_line(card, line).encode()}
 
     def _holds(self, place: str, record: bytes) -> bool:

@@ -21,7 +21,7 @@ T = TypeVar("T")
 PAUSES = (0.5, 1.0, 2.0)
 """Seconds between the tries of an operation on a bucket."""
 
-TIMEOUTS = {"connect_timeout": 5, "read_timeout": 30}
+TIMEOUTS = {"connect_timeout": 5, "read_timeout": 10}
 """Seconds that one try waits for a connection, and then for each piece of an answer."""
 
 MESSAGE = 4000
@@ -210,6 +210,8 @@ class Folder:
             return file.read(limit + 1)
 
     def write(self, path: str, data: bytes) -> None:
+        if not self.root.parent.is_dir():  # all of the path may be mistyped
+            raise RegistryError(f"{self.url}: no folder {self.root.parent}; valid: a folder in one that exists")
         with plainly(self.root / path), _beside(self.root / path, data) as temporary:
             temporary.rename(self.root / path)
 
@@ -218,7 +220,7 @@ class Folder:
             (self.root / path).hardlink_to(temporary)
 
     def names(self, path: str) -> list[str]:
-        if not self.root.exists():
+        if not self.root.is_dir():
             raise RegistryError(f"{self.url}: no such folder; check the URL")
         with suppress(FileNotFoundError), plainly(self.root / path, FileNotFoundError):
             return [file.name for file in (self.root / path).iterdir()]

@@ -214,6 +214,10 @@ def tamper(folder: Path) -> None:
             "metrics.0: .*; valid: finite numbers",
         ),
         (edit_record(backbone={"name": "d", "revision": 3, "licence": "", "pipeline": None}), "type str or NoneType"),
+        (
+            lambda folder: (folder / "predictor.json").write_text('{"afs": true, "afs": false}'),
+            "predictor.json: not JSON .a key twice among afs, afs",
+        ),
         (swap_bytes, "predictor.safetensors/.*: .*; valid: "),
         (lambda folder: (folder / "predictor.safetensors").write_bytes(b""), "sha256 e3b0c442.*; valid: "),
         (lambda folder: (folder / "predictor.json").write_bytes(b""), "predictor.json: not JSON"),
@@ -281,10 +285,17 @@ def test_an_unknown_exception_is_refused(folder: Path) -> None:
         load_predictor(folder, allow=["all"])  # type: ignore[list-item]
 
 
-def test_no_exception_makes_another_number_of_nodes_fit(folder: Path, mixture: Gaussian, start: Tensor) -> None:
-    found = load_predictor(folder, sigmas=polynomial(5, 0.002, 80.0), allow=["sigmas"])
-    with pytest.raises(ValueError, match="5 nodes; valid: 4"):
-        integrate(mixture.denoiser([]), found, 80 * start, found.sigmas)
+@pytest.mark.parametrize(
+    ("sigmas", "message"),
+    [
+        (polynomial(5, 0.002, 80.0), "5 nodes; valid: 4"),
+        (polynomial(4, 0.002, 80.0).flip(0), "strictly decreasing"),
+        (polynomial(4, 0.002, 80.0) * torch.nan, "strictly decreasing"),
+    ],
+)
+def test_no_exception_makes_what_is_no_such_grid_fit(sigmas: Tensor, message: str, folder: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_predictor(folder, sigmas=sigmas, allow=["sigmas"])
 
 
 def test_the_card_says_what_it_costs_and_how_well_it_does(folder: Path) -> None:

@@ -6,6 +6,8 @@ import http.client
 import json
 import os
 import pickle
+import re
+import shlex
 import shutil
 import signal
 import socket
@@ -767,6 +769,35 @@ def test_messages_are_one_line_without_credentials(monkeypatch: pytest.MonkeyPat
     )
     assert remote.scrubbed("file:///a@b: rdpo@v1.0.0") == "file:///a@b: rdpo@v1.0.0"
     assert len(remote.scrubbed("a:" * 10**6)) == remote.MESSAGE + len(" ... ")
+
+
+def test_a_folder_in_one_that_does_not_exist_is_not_made(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(RegistryError, match=f"no folder {tmp_path}/none; valid: a folder in one that exists"):
+        Registry(f"file://{tmp_path}/none/predictors").publish(folder, "rdpo", "v1.0.0")
+    assert not (tmp_path / "none").exists()
+
+
+def test_publishing_again_mends_what_was_damaged(url: str, folder: Path, tmp_path: Path) -> None:
+    found = Registry(url)
+    found.publish(folder, "rdpo", "v1.0.0")
+    sha256 = hashlib.sha256((folder / "predictor.safetensors").read_bytes()).hexdigest()
+    found.remote.write(f"rdpo/objects/{sha256}", b"damaged")
+    with pytest.raises(RegistryError, match=f"rdpo/objects/{sha256}: 7 bytes"):
+        found.pull("rdpo", "v1.0.0", tmp_path / "out")
+    found.publish(folder, "rdpo", "v1.0.0")
+    assert found.pull("rdpo", "latest", tmp_path / "out") == "v1.0.0"
+
+
+@pytest.mark.parametrize("title", ["few sd3", "sd3 (K = 2)", "größe", "it's"])
+def test_a_card_of_any_title_is_fetched_to_the_folder_that_it_reads(title: str, folder: Path, tmp_path: Path) -> None:
+    save_predictor(load_predictor(folder), folder, title)
+    (tmp_path / "remote").mkdir()
+    Registry(f"file://{tmp_path}/remote").publish(folder, "rdpo", "v1.0.0")
+    Registry(f"file://{tmp_path}/remote").pull("rdpo", "v1.0.0", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    (line,) = re.findall(r"```sh\n(.*)\n```", card)
+    assert shlex.split(line)[-2:] == ["--out", title]
+    assert f"load_predictor({json.dumps(title, ensure_ascii=False)})" in card
 
 
 @pytest.mark.parametrize("version", ["v1.0.0", "latest", "prod"])
