@@ -502,7 +502,15 @@ def test_a_backbone_is_compared_where_it_can_be(pipes: Callable[[str], Any]) -> 
     other = Predictor(**{**vars(made), "backbone": Backbone("tiny", None, "none", "FluxPipeline")})
     with pytest.raises(ValueError, match=r'backbone: a StableDiffusionPipeline; valid: a FluxPipeline, .*allow=\["backbone"\]'):
         sample(pipe, other, "a boat")
+    with pytest.raises(ValueError, match=r"backbone: a StableDiffusionPipeline; valid: a FluxPipeline"):
+        PredictorScheduler.from_predictor(other, pipe)
+    same = Predictor(**{**vars(made), "backbone": Backbone("tiny", None, "none", "StableDiffusionPipeline")})
+    for family in (pipe, StableDiffusionImg2ImgPipeline(**pipe.components), StableDiffusionInpaintPipeline(**pipe.components)):
+        PredictorScheduler.from_predictor(same, family)
     pipe.register_to_config(_name_or_path="someone/else")
+    with pytest.raises(ValueError, match=r'backbone: someone/else; valid: tiny, .*allow=\["backbone"\]'):
+        PredictorScheduler.from_predictor(made, pipe)
+    assert PredictorScheduler.from_predictor(made, pipe, allow=["backbone"]).preconditioning.prediction == "epsilon"
     with pytest.raises(ValueError, match=r'backbone: someone/else; valid: tiny, .*allow=\["backbone"\]'):
         sample(pipe, made, "a boat")
     sample(pipe, made, "a boat", guidance_scale=1.0, allow=["backbone", "guidance_scale"])
