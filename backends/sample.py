@@ -72,8 +72,8 @@ def sample(
     start = found.sigmas[0] * noise.to(torch.float64 if device.type == "cpu" else torch.float32)
     denoise, _ = counted_denoiser(backend, prompts, rows_scale, negative)
     x = integrate(denoise, found, start, found.sigmas)
-    packed_or_not = packed(x) if isinstance(backend, Flux) else x
-    images = packed_or_not.to(pipe.dtype) if output_type == "latent" else backend.decode(x)
+    latents = packed(x) if isinstance(backend, Flux) else x
+    images = latents.to(pipe.dtype) if output_type == "latent" else backend.decode(x)
     pipe.maybe_free_model_hooks()
     if output_type in ("pt", "latent"):
         return images

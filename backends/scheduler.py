@@ -55,7 +55,7 @@ class PredictorScheduler(SchedulerMixin, ConfigMixin):
     Every evaluation of a step is a `step()` of its own: the state that it returns is the one that the next evaluation is of,
     and `timesteps` holds what the network is shown at each. So an unchanged pipeline makes the image of `solvers.integrate`.
     num_inference_steps is the number of the table's steps, each of `order` evaluations. A callback that changes the latents
-    changes the state by as much. The scheduler sees neither the pipeline's guidance scale nor its model's name.
+    changes the state by as much. The scheduler does not see the pipeline's guidance scale.
 
     A pipeline that starts in the middle (image to image) starts with a step, and the outputs that a multistep table would look
     back on are taken to be as the first one. Where the table's steps have different numbers of evaluations (with AFS, or

@@ -26,7 +26,7 @@ from solvers import (
     save_predictor,
     trajectory,
 )
-from solvers.predictor import Table
+from solvers.families import Table
 from stages import params
 from stages.checkpoint import Checkpoint, adam_state, load_adam_state, under
 from stages.command import command, progress

@@ -20,7 +20,6 @@ from solvers import (
     discrete,
     dynamic_shift,
     flowmatch,
-    load_predictor,
     logsnr,
     polynomial,
     save_predictor,
@@ -131,10 +130,9 @@ def import_epd(
     except (ValueError, OSError) as error:
         typer.echo(f"import_epd: {error}", err=True)
         raise typer.Exit(1) from None
-    read = load_predictor(out)
-    cost = f"{read.serial_evaluations} serial and {read.total_evaluations} total evaluations"
-    steps = f"{read.table.num_steps - 1} steps of {read.table.num_points} points"
-    typer.echo(f"{out}: {read.backbone.name}, {steps}, {cost}, guidance scale {read.guidance_scale:g}")
+    cost = f"{predictor.serial_evaluations} serial and {predictor.total_evaluations} total evaluations"
+    steps = f"{predictor.table.num_steps - 1} steps of {predictor.table.num_points} points"
+    typer.echo(f"{out}: {predictor.backbone.name}, {steps}, {cost}, guidance scale {predictor.guidance_scale:g}")
 
 
 def imported(

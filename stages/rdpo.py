@@ -10,7 +10,7 @@ from metrics import Scorer
 from metrics.frechet import JUDGE, Frechet, Statistics, distance, load_statistics, statistics
 from metrics.log_probability import LogProbability
 from solvers import AMED, Metric, Policy, Predictor, integrate, load_predictor, save_predictor
-from solvers.predictor import Table
+from solvers.families import Table
 from stages.checkpoint import Checkpoint, adam_state, load_adam_state, under
 from stages.command import command, progress
 from stages.files import BACKBONE, DISTILLED, RDPO, REFS, RESULTS, InputError, atomic, reading, sha256, write_csv
