@@ -10,6 +10,8 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from solvers import EPD, Backbone, EPDTable, Predictor, polynomial, save_predictor
+
 ROOT = Path(__file__).parents[2]
 
 Workspace = Callable[[dict[str, Any]], Path]
@@ -94,6 +96,24 @@ def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> st
         monkeypatch.setenv(variable, value)
     get_backend("s3")["123456789012"]["aws"].create_bucket(name, "us-east-1")
     return name
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A predictor's."""
+    return make(tmp_path / "first", 1)
+
+
+def make(folder: Path, seed: int) -> Path:
+    """A predictor in a new folder; other seeds have other numbers."""
+    table = EPD(4, 2, scale_dir=0.05, scale_time=0.05).table()
+    table = EPDTable(
+        table.position.detach(), table.weight.detach(), table.direction_scale.detach(), table.time_scale.detach() + seed / 100
+    )
+    predictor = Predictor(table, polynomial(4, 0.002, 80.0), True, Backbone("digits", "0" * 64, "none"), 1.0, {"seed": seed})
+    folder.mkdir()
+    save_predictor(predictor, folder)
+    return folder
 
 
 def plan(samplers: list[str]) -> list[tuple[str, list[str]]]:

@@ -234,8 +234,9 @@ def test_what_the_standard_unpickler_executes_is_refused(
 ) -> None:
     for value in (attack(canary), {"model": attack(canary)}, model({"r_params": attack(canary)})):  # type: ignore[dict-item]
         refuses(dumps(value, protocol), message)
+    # the standard unpickler, on what this test itself wrote: only so is it known that the canary would have been touched
     pickle.loads(pickle.dumps(attack(canary), protocol))
-    assert canary.exists()  # it is an attack
+    assert canary.exists()
 
 
 SIGMOID, ORDERED = name("torch.nn.modules.activation", "Sigmoid"), name("collections", "OrderedDict")
@@ -676,7 +677,7 @@ def test_plain_values_are_read_as_the_standard_unpickler_reads_them(protocol: in
     value = {"a": text, "b": numbers, "c": ((), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4)), "d": {"e": {}}, "f": list(range(2000))}
     data = pickle.dumps(value, protocol)
     found = read_pickle(data)
-    assert found == pickle.loads(data)
+    assert found == pickle.loads(data)  # of this test's own plain values: the reference that is compared with
     assert repr(found) == repr(value)
 
 
