@@ -3,19 +3,17 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from metrics.classifier import Classifier, labels_of
 
 
 class LogProbability:
-    """A Scorer: log p(prompt | image) in nats. Never the judge's classifier."""
+    """A Scorer: log p(prompt | image) in nats. Never the judge's classifier. Differentiable."""
 
     def __init__(self, file: Path) -> None:
         self.classifier = Classifier.load(file)
 
-    @torch.no_grad()
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         log_probabilities = self.classifier(images.float()).double().log_softmax(-1)
         return log_probabilities.gather(1, labels_of(prompts)[:, None])[:, 0]

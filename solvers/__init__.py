@@ -17,12 +17,12 @@ from solvers.classical import (
     unipc,
 )
 from solvers.d_ode import fit_d_ode
-from solvers.denoiser import Checkpointed, Counter, Denoiser, FeatureDenoiser, Guided
+from solvers.denoiser import Checkpointed, Counter, Deduplicated, Denoiser, FeatureDenoiser, Guided
 from solvers.epd import EPD, EPDTable
 from solvers.integrate import Noise, advance, integrate, trajectory
 from solvers.multistep import Multistep, MultistepTable
 from solvers.parallel import ParallelStatistics, parallel_integrate
-from solvers.policy import Draw, Policy
+from solvers.policy import Distributions, Draw, Drawable, Policy, Spread
 from solvers.predictor import Backbone, Metric, Predictor, load_predictor, save_predictor
 from solvers.schedules import (
     discrete,
@@ -44,8 +44,11 @@ __all__ = [
     "Backbone",
     "Checkpointed",
     "Counter",
+    "Deduplicated",
     "Denoiser",
+    "Distributions",
     "Draw",
+    "Drawable",
     "EPDTable",
     "FeatureDenoiser",
     "Guided",
@@ -57,6 +60,7 @@ __all__ = [
     "Policy",
     "Predictor",
     "Solver",
+    "Spread",
     "StepTable",
     "adams_bashforth",
     "advance",

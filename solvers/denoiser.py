@@ -74,6 +74,27 @@ class Checkpointed:
         return checkpoint(with_feature, self.denoise, x, sigma, use_reentrant=False)
 
 
+class Deduplicated:
+    """A denoiser that evaluates copies of a state once: rows that come as `copies` times the same states, at the same noise
+    levels, as the first evaluation of several tables on one noise does.
+
+    Args:
+        denoise: a denoiser; of a call with M copies of x (M*B, ...), row i has condition i mod B.
+        copies: how many; any number of rows that it does not divide is evaluated as it is.
+    """
+
+    def __init__(self, denoise: Denoiser, copies: int) -> None:
+        self.denoise = denoise
+        self.copies = copies
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+        rows, rest = divmod(len(x), self.copies)
+        # each equals the one `rows` before it
+        if rest or not (torch.equal(sigma[rows:], sigma[:-rows]) and torch.equal(x[rows:], x[:-rows])):
+            return self.denoise(x, sigma)
+        return self.denoise(x[:rows], sigma[:rows]).repeat(self.copies, *[1] * (x.ndim - 1))
+
+
 class Guided:
     """Classifier-free guidance D = D_u + scale (D_c - D_u) as one batched call (Ho and Salimans 2022, equation 6).
 

@@ -24,8 +24,8 @@ class MultistepTable:
 
     Attributes:
         form: noise or data, as in `StepTable`.
-        nodes: noise levels of the points, the main one first, (N, K).
-        stage: coefficients of the points' states; zeros for the main one, and in the last K columns, (N, K, W).
+        nodes: noise levels of the points, the main one first, (*S, N, K); the main ones are the same for all images.
+        stage: coefficients of the points' states; zeros for the main one, and in the last K columns, (*S, N, K, W).
         update: coefficients of the next states, (*S, N, W); *S as in `StepTable`.
         time_scale: factors on the noise levels shown to the network, (*S, N, K).
     """
@@ -39,7 +39,7 @@ class MultistepTable:
     @property
     def num_steps(self) -> int:
         """Nodes of the grid: steps + 1."""
-        return len(self.nodes) + 1
+        return self.nodes.shape[-2] + 1
 
     @property
     def num_points(self) -> int:
@@ -54,7 +54,7 @@ class MultistepTable:
     def __call__(self, step: int, sigmas: Tensor) -> StepTable:
         if len(sigmas) != self.num_steps:
             raise ValueError(f"sigmas: {len(sigmas)} nodes; valid: {self.num_steps}, as many as the table was made for")
-        made_for, found = self.nodes[step, 0].item(), sigmas[step].item()
+        made_for, found = self.nodes[..., step, 0].flatten()[0].item(), sigmas[step].item()
         if abs(found - made_for) > 1e-6 * made_for:
             raise ValueError(f"sigmas: {found} at node {step}; valid: {made_for}, the grid that the table was made for")
         points = self.num_points if step else 1
@@ -65,8 +65,8 @@ class MultistepTable:
             sigma=sigmas[step],
             sigma_next=sigmas[step + 1],
             form=self.form,
-            nodes=self.nodes[step, :points],
-            stage=self.stage[step, :points, columns],
+            nodes=self.nodes[..., step, :points],
+            stage=self.stage[..., step, :points, columns],
             update=self.update[..., step, columns],
             time_scale=self.time_scale[..., step, :points],
         )

@@ -1,18 +1,18 @@
 """Where a stage that runs long goes on from after it was killed."""
 
-import hashlib
-import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from torch import Tensor, optim
 
-from stages.files import CHECKPOINTS, read_tensors, sha256, write_tensors
+from stages.files import CHECKPOINTS, CheckpointError, read_tensors, sha256, write_tensors
 from stages.params import Section
 
 PACKAGES = ("backends", "metrics", "solvers", "stages")
+SHOWN = 5
+"""Differences that are told, at most."""
 
 
 class Checkpoint:
@@ -22,31 +22,56 @@ class Checkpoint:
         stage: its name.
         params: the parameters that decide what the work computes.
         inputs: files that it reads.
+        untied: names of parameters in a section that do not matter.
     """
 
-    def __init__(self, stage: str, params: dict[str, Section | int | float | bool], inputs: list[Path]) -> None:
+    def __init__(
+        self, stage: str, params: dict[str, Section | int | float | bool], inputs: list[Path], untied: Collection[str] = ()
+    ) -> None:
         self.path = CHECKPOINTS / f"{stage}.safetensors"
-        plain = {k: v.model_dump() if isinstance(v, Section) else v for k, v in params.items()}
-        code = sorted(file for package in PACKAGES for file in Path(__file__).parents[1].glob(f"{package}/*.py"))
-        identity = [json.dumps(plain, sort_keys=True), *(sha256(file) for file in [*inputs, *code])]
-        self.fingerprint = hashlib.sha256("".join(identity).encode()).hexdigest()
+        plain = {k: v.model_dump(exclude=set(untied)) if isinstance(v, Section) else {"": v} for k, v in params.items()}
+        root = Path(__file__).parents[1]
+        code = sorted(file for package in PACKAGES for file in root.glob(f"{package}/*.py"))
+        files = {str(file): file for file in inputs} | {str(file.relative_to(root)): file for file in code}
+        self.identity = {".".join(filter(None, (k, name))): v for k, named in plain.items() for name, v in named.items()}
+        self.identity |= {name: sha256(file) for name, file in files.items()}
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The tensors and the values saved last, or None where there is nothing to go on from."""
+        """The tensors and the values saved last, or None where there is nothing to go on from.
+
+        Raises:
+            CheckpointError: they are of other work, with what differs.
+        """
         try:
             tensors, saved = read_tensors(self.path)
         except (FileNotFoundError, SafetensorError):
             return None
-        return (tensors, saved["values"]) if saved.get("fingerprint") == self.fingerprint else None
+        made_by = saved.get("identity", {})
+        names = sorted(self.identity.keys() | made_by.keys(), key=lambda name: ("/" in name, name))  # parameters first
+        pairs = [(name, _shown(name, made_by), _shown(name, self.identity)) for name in names]
+        differ = [f"{name} was {then}, is {now}" for name, then, now in pairs if then != now]
+        if differ:
+            more = f" and {len(differ) - SHOWN} more" if len(differ) > SHOWN else ""
+            raise CheckpointError(
+                f"{self.path}: of an unfinished run of other work: {'; '.join(differ[:SHOWN])}{more}; "
+                "valid: the same, to go on with it, or no such file, to start anew"
+            )
+        return tensors, saved["values"]
 
     def save(self, parts: Mapping[str, Mapping[str, Tensor]], values: dict[str, Any]) -> None:
         """Replace the checkpoint, atomically; tensor t of part p is loaded as `p.t`."""
         tensors = {f"{part}.{name}": tensor for part, named in parts.items() for name, tensor in named.items()}
-        write_tensors(self.path, tensors, {"fingerprint": self.fingerprint, "values": values})
+        write_tensors(self.path, tensors, {"identity": self.identity, "values": values})
 
     def remove(self) -> None:
         """Forget it: the work is done."""
         self.path.unlink(missing_ok=True)
+
+
+def _shown(name: str, identity: dict[str, Any]) -> str:
+    """A parameter's value, or enough of a file's hash."""
+    value = identity.get(name, "absent")
+    return value[:12] if "/" in name else repr(value)
 
 
 def under(part: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -3,29 +3,37 @@
 import errno
 import fcntl
 import inspect
+import os
 import resource
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TypeVar, get_type_hints
 
 import psutil
 import typer
 from tqdm import tqdm
 
-from stages.files import LOCKS, TIMES, InputError, write_json
+from stages.files import LOCKS, TIMES, StageError, write_json
 from stages.params import ParamsError, load_params
 
 T = TypeVar("T")
-INTERRUPTED = 130  # the shell's exit status for Ctrl-C
+INTERRUPTED = 130  # the shell's exit status for Ctrl-C,
+TERMINATED = 143  # and for SIGTERM
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as schedulers send it some time before they kill."""
 
 
 def command(stage: Callable[..., None]) -> None:
     """Run a stage: its keyword-only arguments are sections of params.yaml, the others come from the command line.
 
     A stage sees only the sections that it names, but the whole file is validated first. Known failures end in one line and
-    exit status 1, Ctrl-C in 130; what a stage writes, it writes whole or not at all. Its time and peak memory go to data/times.
+    exit status 1, Ctrl-C in 130, SIGTERM in 143; what a stage writes, it writes whole or not at all. Its time and peak memory
+    go to data/times.
     """
     arguments = inspect.signature(stage).parameters.values()
     sections = [a.name for a in arguments if a.kind is inspect.Parameter.KEYWORD_ONLY]
@@ -37,11 +45,16 @@ def command(stage: Callable[..., None]) -> None:
             params = load_params()
             if not set(given.values()) <= set(params.samplers):  # the one argument that a stage may have
                 raise ParamsError(f"samplers: found no {name.split('@', 1)[1]!r}; valid: {', '.join(params.samplers)}")
-            with _alone(name):
+            signal.signal(signal.SIGTERM, _terminate)
+            first = os.environ.get("RANK", "0") == "0"  # of those that torchrun started
+            with _alone(name) if first else nullcontext():
                 stage(**given, **{section: getattr(params, section) for section in sections})
-                _record(name)
-        except (ParamsError, InputError, FloatingPointError) as error:
+                if first:
+                    _record(name)
+        except (ParamsError, StageError, FloatingPointError) as error:
             _fail(name, str(error))
+        except Terminated:
+            _fail(name, "terminated; nothing is half-written, the same command goes on", TERMINATED)
         except KeyboardInterrupt:
             _fail(name, "interrupted; nothing is half-written, the same command goes on", INTERRUPTED)
         except OSError as error:
@@ -54,6 +67,10 @@ def command(stage: Callable[..., None]) -> None:
     main.__annotations__ = {a.name: hints[a.name] for a in others}
     main.__signature__ = inspect.Signature(others)  # type: ignore[attr-defined]
     typer.run(main)
+
+
+def _terminate(signum: int, frame: object) -> None:
+    raise Terminated
 
 
 def progress(items: Sequence[T], description: str, unit: str, done: int = 0) -> "tqdm[T]":

@@ -25,7 +25,10 @@ TEACHER = Path("data/teacher.safetensors")
 SAMPLES = Path("data/samples")
 SCORES = Path("data/scores")
 RESULTS = Path("results")
-CHECKPOINTS = Path("data/checkpoints")  # none of these three
+LIVE = Path("data/live/rdpo")
+CHECKPOINTS = Path("data/checkpoints")  # none of these
+FAILED = Path("data/failed")
+LOGS = Path("data/logs")
 LOCKS = Path("data/locks")  # is an output:
 TIMES = Path("data/times")  # what they hold differs from run to run
 
@@ -45,7 +48,19 @@ MADE_BY = {
 }
 
 
-class InputError(Exception):
+class StageError(Exception):
+    """A stage cannot go on, for a reason that its message tells in full."""
+
+
+class RewardError(StageError):
+    """What is to be rewarded, or a reward, is not what it has to be."""
+
+
+class CheckpointError(StageError):
+    """There is a checkpoint of other work."""
+
+
+class InputError(StageError):
     """An upstream file is missing or not what its stage writes."""
 
 

@@ -169,22 +169,53 @@ class DODE(Section):
 Distill = Annotated[EPD | EPDPlugin | AMED | S4S | S4SAlt | ParallelMultistep | DODE, Field(discriminator="family")]
 
 
+Std = Annotated[float, Field(ge=0, le=1)]
+
+
 class RDPO(Section):
-    concentration: Annotated[float, Field(ge=1, le=1e9)]
-    direction_std: NotNegative
-    time_std: NotNegative
-    hidden: Count
-    blocks: Count
+    method: Literal["rdpo", "reward_gradient", "cma_es"]
+    group: Literal["shared", "prompt", "mixed"]
     groups: Count
     tables: Annotated[int, Field(ge=2)]
+    batch_size: Count
+    concentration: Annotated[float, Field(ge=1, le=1e9)]
+    direction_std: Std
+    time_std: Std
+    coefficient_std: Std
+    node_std: Std
+    hidden: Count
+    blocks: Count
     learning_rate: Positive
     warmup: Annotated[int, Field(ge=0)]
     clip: Annotated[float, Field(gt=0, lt=1)]
     epochs: Count
+    minibatch: Count | None
     kl: NotNegative
+    entropy: NotNegative
     iterations: Count
     validation: Annotated[int, Field(ge=100)]
     validate_every: Count
+    patience: Count | None
+    kl_alarm: Positive | None
+    kl_limit: Positive | None
+    checkpoint_every: Count
+    checkpoint_minutes: Positive
+
+    @model_validator(mode="after")
+    def _has_deviations_in_the_range_that_is_learned(self) -> "RDPO":
+        for name in ("direction_std", "time_std", "coefficient_std", "node_std"):
+            if 0 < getattr(self, name) < 1e-3:
+                raise ValueError(f"{name}: found {getattr(self, name)}; valid: 0, or 0.001 to 1")
+        return self
+
+    @model_validator(mode="after")
+    def _has_tables_for_its_method(self) -> "RDPO":
+        if self.method == "cma_es" and self.tables < 4:
+            raise ValueError(f"tables: found {self.tables}; valid: 4 or more, for cma_es, whose generation they are")
+        if self.minibatch is not None and self.groups * self.tables % self.minibatch:
+            rollouts = self.groups * self.tables
+            raise ValueError(f"minibatch: found {self.minibatch}; valid: null, or what divides groups * tables, {rollouts}")
+        return self
 
 
 class Classical(Section):
@@ -256,9 +287,9 @@ class Params(Section):
             if not needed <= self.distill.history <= steps:
                 valid = f"{needed}, for {self.distill.start}, to {steps}, the steps of num_steps {self.num_steps}"
                 raise ValueError(f"distill.history: found {self.distill.history}; valid: {valid}")
-            if not self.rdpo.direction_std and not self.rdpo.time_std:
+            if not self.rdpo.coefficient_std and not self.rdpo.time_std:
                 raise ValueError(
-                    "rdpo.direction_std, rdpo.time_std: found 0; valid: one above 0, or there is nothing to draw of "
+                    "rdpo.coefficient_std, rdpo.time_std: found 0; valid: one above 0, or there is nothing to draw of "
                     f"{self.distill.family}"
                 )
         return self

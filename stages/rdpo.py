@@ -1,152 +1,248 @@
-"""Stage rdpo: the distilled table fine-tuned by reinforcement learning for the reward (RDPO)."""
+"""Stage rdpo: the distilled table fine-tuned for a reward, by reinforcement learning (RDPO), its gradient, or search."""
 
-from dataclasses import replace
+import sys
+import time
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from backends import Digits, counted_denoiser
-from metrics import Scorer
-from metrics.frechet import JUDGE, Frechet, Statistics, distance, load_statistics, statistics
+from backends import Digits
+from metrics.accuracy import Accuracy
+from metrics.colour import brightness, saturation
+from metrics.frechet import JUDGE, Frechet, load_statistics
 from metrics.log_probability import LogProbability
-from solvers import AMED, Metric, Policy, Predictor, integrate, load_predictor, save_predictor
+from solvers import AMED, Drawable, Metric, Policy, Predictor, Spread, load_predictor, save_predictor
 from solvers.families import Table
-from stages.checkpoint import Checkpoint, adam_state, load_adam_state, under
+from stages.checkpoint import Checkpoint, under
 from stages.command import command, progress
-from stages.files import BACKBONE, DISTILLED, RDPO, REFS, RESULTS, InputError, atomic, reading, sha256, write_csv
-from stages.noise import batches, noise, prompts
+from stages.files import (
+    BACKBONE,
+    DISTILLED,
+    LIVE,
+    LOGS,
+    RDPO,
+    REFS,
+    RESULTS,
+    InputError,
+    StageError,
+    atomic,
+    reading,
+    sha256,
+    write_csv,
+)
+from stages.methods import METHODS, Method
 from stages.params import RDPO as RDPOParams  # noqa: N811
-from stages.training import descend, rng, seeded
+from stages.ranks import Ranks
+from stages.rollouts import Rollouts
+from stages.trace import Trace
+from stages.training import seeded
+from stages.validation import Point, Validation, Watch
 
-Curve = list[dict[str, float]]
-
-
-class Rollouts:
-    """Samples with any table in place of the distilled predictor's, and scores the images."""
-
-    def __init__(self, backend: Digits, reward: Scorer, frechet: Frechet, refs: Statistics, distilled: Predictor) -> None:
-        self.backend = backend
-        self.reward = reward
-        self.frechet = frechet
-        self.refs = refs
-        self.distilled = distilled
-
-    @torch.no_grad()
-    def images(self, table: Table, start: Tensor, wanted: list[str]) -> Tensor:
-        """Unit noise (B, C, H, W) and B prompts -> images, by one table or by a batch of B tables."""
-        predictor = replace(self.distilled, table=table)
-        denoise, _ = counted_denoiser(self.backend, wanted, predictor.guidance_scale)
-        return self.backend.decode(integrate(denoise, predictor, predictor.sigmas[0] * start, predictor.sigmas))
-
-    def validate(self, table: Table, seed: int, samples: int) -> tuple[Tensor, float]:
-        """Rewards on the validation noise, (samples,), and the Frechet distance."""
-        wanted = prompts(range(samples))
-        start = noise(seed, "validation", range(samples), self.backend.spec.shape)
-        parts = (slice(batch.start, batch.stop) for batch in batches(samples, 512))
-        images = torch.cat([self.images(table, start[part], wanted[part]) for part in parts])
-        return self.reward(images, wanted), distance(statistics(self.frechet.features(images)), self.refs)
+UNTIED = {"batch_size", "checkpoint_every", "checkpoint_minutes"}
+"""Parameters that may be others when a run goes on: they do not change what it computes."""
 
 
 def rdpo(*, seed: int, rdpo: RDPOParams) -> None:
-    """Maximise the reward over a policy of tables; deploy the best on validation noise that is no worse in distance."""
+    """Raise the reward; deploy the table that is best on validation noise among those that no judge finds worse.
+
+    Under torchrun the ranks split the rollouts.
+    """
+    ranks = Ranks()
+    if rdpo.groups % ranks.size:
+        raise InputError(f"rdpo.groups: {rdpo.groups} for {ranks.size} ranks; valid: a multiple of the ranks, which split them")
     with reading(BACKBONE):
         backend = Digits.load(BACKBONE / "unet.safetensors")
         reward = LogProbability(BACKBONE / "reward.safetensors")
+        judge = Accuracy(BACKBONE / "judge.safetensors")
         frechet = Frechet(JUDGE, BACKBONE / "judge.safetensors")
     with reading(REFS):
         refs = load_statistics(REFS)
     with reading(DISTILLED):
         distilled = load_predictor(DISTILLED)
-        table = distilled.table
-        if isinstance(table, AMED):
-            raise InputError(f"{DISTILLED}: family amed; valid: epd or multistep, which have a table to draw around")
-    rollouts = Rollouts(backend, reward, frechet, refs, distilled)
-    scale_std = {"direction_scale": rdpo.direction_std, "time_scale": rdpo.time_std}
-    policy = seeded(seed, "policy", lambda: Policy(table, rdpo.concentration, scale_std, rdpo.hidden, rdpo.blocks))
-    # the KL term is what holds the policy back
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=rdpo.learning_rate, weight_decay=0.0)
-    base_rewards, base_distance = rollouts.validate(policy.mean(), seed, rdpo.validation)
-    curve: Curve = [point(0, base_rewards, base_rewards, base_distance, policy)]
-    best, chosen = policy.mean(), curve[0]
+        policy = new_policy(distilled.table, rdpo, seed)
+    watch = Watch({"accuracy": judge}, {"brightness": brightness, "saturation": saturation}, frechet, refs)
+    rollouts = Rollouts(backend, reward, distilled, seed, rdpo.batch_size)
+    method = METHODS[rdpo.method](policy, rollouts, ranks, rdpo, seed)
+    validation = Validation(rollouts, watch, ranks, seed, rdpo.validation, method.table())
     inputs = [*sorted(BACKBONE.iterdir()), REFS, *sorted(DISTILLED.iterdir())]
-    checkpoint = Checkpoint("rdpo", {"seed": seed, "rdpo": rdpo}, inputs)
-    if (saved := checkpoint.load()) is not None:
-        tensors, values = saved
-        policy.load_state_dict(under("policy", tensors))
-        load_adam_state(optimizer, under("adam", tensors))
-        best, curve, chosen = replace(policy.mean(), **under("best", tensors)), values["curve"], values["chosen"]
-    done = int(curve[-1]["iteration"])
-    bar = progress(range(done + 1, rdpo.iterations + 1), "rdpo", "iteration", done)
-    for iteration in bar:
-        mean = improve(policy, optimizer, rollouts, seed, iteration, rdpo)
-        if iteration % rdpo.validate_every == 0 or iteration == rdpo.iterations:
-            rewards, found = rollouts.validate(policy.mean(), seed, rdpo.validation)
-            curve.append(point(iteration, rewards, base_rewards, found, policy))
-            if found <= base_distance and curve[-1]["reward"] > chosen["reward"]:
-                best, chosen = policy.mean(), curve[-1]
-            bar.set_postfix(reward=f"{curve[-1]['reward']:.4f}", frechet=f"{found:.3f}", rollout=f"{mean:.3f}")
-            parts = {
-                "policy": policy.state_dict(),
-                "adam": adam_state(optimizer),
-                "best": {k: v for k, v in vars(best).items() if isinstance(v, Tensor)},
-            }
-            checkpoint.save(parts, {"curve": curve, "chosen": chosen})
+    checkpoint = Checkpoint("rdpo", {"seed": seed, "rdpo": rdpo}, inputs, UNTIED)
+    training = Training(method, validation, checkpoint, ranks, rdpo)
+    training.run()
+    if ranks.first:
+        write(training, distilled, seed, rdpo)
+        checkpoint.remove()
+    ranks.close()
+
+
+def new_policy(table: Table, rdpo: RDPOParams, seed: int) -> Policy:
+    """Around a distilled table."""
+    if isinstance(table, AMED):
+        raise ValueError("family amed; valid: epd or multistep, which have a table to draw around")
+    spread = Spread(rdpo.concentration, rdpo.direction_std, rdpo.time_std, rdpo.coefficient_std, rdpo.node_std)
+    return seeded(seed, "policy", lambda: Policy(table, spread, rdpo.hidden, rdpo.blocks))
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a run has come to after a whole iteration.
+
+    Attributes:
+        curve: validations, that of the distilled table first.
+        chosen: the one to deploy.
+        best: its table.
+        done: iterations.
+        rows: of the network, spent on rollouts.
+        stopped: why the run ended, where it did before its last iteration.
+    """
+
+    curve: list[Point]
+    chosen: Point
+    best: Drawable
+    done: int = 0
+    rows: float = 0.0
+    stopped: str = ""
+
+
+class Training:
+    """Iterations, validations, checkpoints, and what is told of them; goes on from a checkpoint.
+
+    Args:
+        method: what an iteration is.
+        validation: of its table.
+        checkpoint: where it is kept; the first rank alone writes it.
+        ranks, settings: as for the method.
+
+    Raises:
+        CheckpointError: the checkpoint is of other work.
+        StageError: ranks go on from different iterations.
+    """
+
+    def __init__(
+        self, method: Method, validation: Validation, checkpoint: Checkpoint, ranks: Ranks, settings: RDPOParams
+    ) -> None:
+        self.method = method
+        self.validation = validation
+        self.checkpoint = checkpoint
+        self.ranks = ranks
+        self.settings = settings
+        start = validation.point(0, method.table(), 0.0)
+        self.now = Progress([start], start, method.table())
+        if (saved := checkpoint.load()) is not None:
+            tensors, values = saved
+            method.restore(tensors)
+            self.now = Progress(best=replace(method.table(), **under("best", tensors)), **values)
+        if ranks.sum(torch.tensor(float(self.now.done))).item() != self.now.done * ranks.size:
+            raise StageError(
+                f"rank {ranks.rank}: goes on from iteration {self.now.done}, others from elsewhere; valid: one folder for all "
+                f"ranks, so that all read {checkpoint.path}"
+            )
+
+    def run(self) -> None:
+        """To the last iteration, or to where it has to stop; what whole iterations came to is saved, whatever ends it."""
+        trace = Trace(LOGS / "rdpo.jsonl", LIVE, self.now.done) if self.ranks.first else None
+        todo = range(0) if self.now.stopped else range(self.now.done + 1, self.settings.iterations + 1)
+        bar = progress(todo, "rdpo", "iteration", self.now.done)
+        bar.disable = not self.ranks.first
+        kept, saved = self._kept(), time.monotonic()
+        try:
+            for iteration in bar:
+                entry, alarms = self._iterate(iteration)
+                kept = self._kept()
+                if trace is not None:
+                    trace.add(entry)
+                    tell(bar, entry, self.now, alarms)
+                late = time.monotonic() - saved > 60 * self.settings.checkpoint_minutes
+                if late or iteration % self.settings.checkpoint_every == 0:
+                    self._save(kept)
+                    saved = time.monotonic()
+                if self.now.stopped:
+                    break
+        except BaseException:
+            self._save(kept)
+            raise
+        finally:
+            if trace is not None:
+                trace.close()
+
+    def _iterate(self, iteration: int) -> tuple[dict[str, Any], list[str]]:
+        """One iteration: an entry of the log, and what there is to be alarmed at."""
+        began = time.perf_counter()
+        found, settings = self.method.step(iteration), self.settings
+        seconds, kl = time.perf_counter() - began, self.method.kl()
+        entry = {"iteration": iteration, **found, "kl": kl, "seconds": seconds}
+        entry["images_per_second"] = settings.groups * settings.tables / seconds
+        entry["memory_mb"] = psutil.Process().memory_info().rss / 2**20
+        now = replace(self.now, done=iteration, rows=self.now.rows + found["rows"])
+        alarms = []
+        if settings.kl_limit is not None and kl > settings.kl_limit:
+            now = replace(now, stopped=f"kl {kl:.4g} is above the limit, {settings.kl_limit:g}")
+        elif settings.kl_alarm is not None and kl > settings.kl_alarm:
+            alarms.append(f"kl {kl:.4g} is above {settings.kl_alarm:g}")
+        if now.stopped or iteration % settings.validate_every == 0 or iteration == settings.iterations:
+            now = self._validated(now, kl)
+            alarms += self.validation.alarms(now.curve[-1])
+            entry |= {f"validation_{name}": value for name, value in now.curve[-1].items() if name != "iteration"}
+        self.now = now
+        return {**entry, "alarms": alarms, "stopped": now.stopped}, [*alarms, *filter(None, [now.stopped])]
+
+    def _validated(self, now: Progress, kl: float) -> Progress:
+        """With the current table's point, which is chosen where it is the best that may be deployed."""
+        point = self.validation.point(now.done, self.method.table(), kl)
+        now = replace(now, curve=[*now.curve, point])
+        if not now.stopped and point["reward"] > now.chosen["reward"] and not self.validation.worse(point):
+            return replace(now, chosen=point, best=self.method.table())
+        since = sum(p["iteration"] > now.chosen["iteration"] for p in now.curve)
+        if not now.stopped and self.settings.patience is not None and since >= self.settings.patience:
+            return replace(now, stopped=f"{since} validations without a better table to deploy")
+        return now
+
+    def _kept(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        """All that a checkpoint holds."""
+        values = {f.name: getattr(self.now, f.name) for f in fields(self.now) if f.name != "best"}
+        best = {name: value for name, value in vars(self.now.best).items() if isinstance(value, Tensor)}
+        return {**self.method.state(), "best": best}, values
+
+    def _save(self, kept: tuple[dict[str, dict[str, Tensor]], dict[str, Any]]) -> None:
+        if self.ranks.first and kept[1]["done"]:
+            self.checkpoint.save(*kept)
+
+
+def tell(bar: "tqdm[int]", entry: dict[str, Any], now: Progress, alarms: list[str]) -> None:
+    """Put the state of affairs beside the progress bar, and alarms above it."""
+    found = {"reward": f"{entry['reward']:.4f}", "gain": f"{now.curve[-1]['gain']:+.4f}", "kl": f"{entry['kl']:.3g}"}
+    if "clip_fraction" in entry:
+        found["clip"] = f"{entry['clip_fraction']:.0%}"
+    bar.set_postfix({**found, "images/s": f"{entry['images_per_second']:.0f}"}, refresh=False)
+    for alarm in alarms:
+        bar.write(f"rdpo: iteration {entry['iteration']}: {alarm}", file=sys.stderr)
+
+
+def write(training: Training, distilled: Predictor, seed: int, rdpo: RDPOParams) -> None:
+    """The predictor and its curve."""
+    now = training.now
+    chosen = {**now.chosen, "distilled_frechet_distance": training.validation.start_distance}
     provenance = {
         "stage": "rdpo",
-        "parameters": rdpo.model_dump(),
+        "parameters": {name: value for name, value in rdpo.model_dump().items() if name not in UNTIED},
         "seed": seed,
         "parent_sha256": sha256(DISTILLED / "predictor.safetensors"),
-        "chosen": {**chosen, "distilled_frechet_distance": base_distance},
+        "iterations": now.done,
+        "network_rows": now.rows,
+        "stopped": now.stopped,
+        "chosen": chosen,
     }
     metrics = (
         Metric("reward", chosen["reward"], chosen["reward_95"], rdpo.validation, "validation noise"),
         Metric("reward less the distilled", chosen["gain"], chosen["gain_95"], rdpo.validation, "the same, paired"),
     )
-    write_csv(RESULTS / "rdpo.csv", [{**p, "deployed": int(p == chosen)} for p in curve])
+    write_csv(RESULTS / "rdpo.csv", [{**point, "deployed": int(point == now.chosen)} for point in now.curve])
     with atomic(RDPO) as folder:
         folder.mkdir()
-        save_predictor(replace(distilled, table=best, provenance=provenance, metrics=metrics), folder, RDPO.name)
-    checkpoint.remove()
-
-
-def improve(
-    policy: Policy, optimizer: torch.optim.Optimizer, rollouts: Rollouts, seed: int, iteration: int, rdpo: RDPOParams
-) -> float:
-    """One rollout and the gradient steps it allows (PPO's clipped objective and a KL term); returns its mean reward."""
-    samples = range(iteration * rdpo.groups, (iteration + 1) * rdpo.groups)
-    wanted = [prompt for prompt in prompts(samples) for _ in range(rdpo.tables)]
-    start = noise(seed, "train", samples, rollouts.backend.spec.shape).repeat_interleave(rdpo.tables, 0)
-    draw = policy.draw(rng(seed, "rdpo", iteration), len(wanted))
-    rewards = rollouts.reward(rollouts.images(policy.table(draw), start, wanted), wanted)
-    advantage = leave_one_out(rewards.view(rdpo.groups, rdpo.tables)).flatten()
-    old = policy.log_prob(draw).detach()
-    warmup = min(1.0, iteration / rdpo.warmup) if rdpo.warmup else 1.0
-    for _ in range(rdpo.epochs):
-        ratio = (policy.log_prob(draw) - old).exp()
-        clipped = ratio.clamp(1 - rdpo.clip, 1 + rdpo.clip)
-        loss = torch.maximum(-advantage * ratio, -advantage * clipped).mean() + rdpo.kl * policy.kl()
-        descend(optimizer, loss, warmup)
-    return rewards.mean().item()
-
-
-def leave_one_out(rewards: Tensor) -> Tensor:
-    """Rewards (groups, tables) less the mean of the others in their group, over the standard deviation of them all."""
-    advantage = (rewards - rewards.mean(1, keepdim=True)) * rewards.shape[1] / (rewards.shape[1] - 1)
-    return advantage / advantage.std().clamp_min(1e-8)  # all rewards equal: no advantage, not a division by 0
-
-
-def point(iteration: int, rewards: Tensor, base: Tensor, found: float, policy: Policy) -> dict[str, float]:
-    """One point of the curve: reward and its paired gain over the distilled table with a 95 % interval, distance, KL."""
-    gain = rewards - base
-    return {
-        "iteration": iteration,
-        "reward": rewards.mean().item(),
-        "reward_95": 1.96 * rewards.std().item() / len(rewards) ** 0.5,
-        "gain": gain.mean().item(),
-        "gain_95": 1.96 * gain.std().item() / len(gain) ** 0.5,
-        "frechet_distance": found,
-        "kl": policy.kl().item(),
-    }
+        save_predictor(replace(distilled, table=now.best, provenance=provenance, metrics=metrics), folder, RDPO.name)
 
 
 if __name__ == "__main__":

@@ -34,8 +34,8 @@ def cosine(iteration: int, iterations: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * iteration / iterations))
 
 
-def descend(optimizer: torch.optim.Optimizer, loss: Tensor, share: float, frozen: Sequence[nn.Parameter] = ()) -> None:
-    """One step down the gradient of a loss, clipped to norm 1.
+def descend(optimizer: torch.optim.Optimizer, loss: Tensor, share: float, frozen: Sequence[nn.Parameter] = ()) -> float:
+    """One step down the gradient of a loss, clipped to norm 1; returns the norm that it had.
 
     Args:
         optimizer: of all parameters.
@@ -62,3 +62,4 @@ def descend(optimizer: torch.optim.Optimizer, loss: Tensor, share: float, frozen
     optimizer.step()
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
+    return length.item()

@@ -1,6 +1,5 @@
 """Learned multistep tables, against their formula written naively, and what they have as special cases."""
 
-from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -15,7 +14,6 @@ from solvers import (
     Denoiser,
     Multistep,
     MultistepTable,
-    Policy,
     Solver,
     integrate,
     parallel_integrate,
@@ -173,41 +171,3 @@ def test_epd_is_a_special_case_of_multistep(points: int, afs: bool, mixture: Gau
         for solver, g in ((epd, sigmas), (joint, grid))
     ]
     assert torch.allclose(found[0], found[1], rtol=1e-9, atol=1e-10)
-
-
-def test_a_policy_counts_only_what_a_table_has() -> None:
-    """What a draw says of coefficients that are 0, or that the first step has not, changes no probability."""
-    import numpy as np
-
-    base = Multistep(SOLVERS["ipndm_2"], SIGMAS, 2, 2, 0.2).requires_grad_(False).table()
-    policy = Policy(base, 100.0, {"direction_scale": 0.02, "time_scale": 0.01}, 16, 1)
-    draw = policy.draw(np.random.default_rng(0), 4)
-    before = policy.log_prob(draw)
-    draw["direction_scale"] = torch.where(base.update == 0, 1.5, draw["direction_scale"])
-    draw["time_scale"][:, 0, 1] = 1.5
-    assert torch.equal(policy.log_prob(draw), before)
-    draw["direction_scale"][:, 3, 4] *= 1.001
-    assert bool((policy.log_prob(draw) != before).all())
-
-
-def test_a_policy_over_a_multistep_table_draws_around_it(mixture: Gaussian, start: Tensor) -> None:
-    import numpy as np
-
-    base = Multistep(SOLVERS["ipndm_2"], SIGMAS, 2, 2, 0.2).table()
-    base = replace(base, **{name: getattr(base, name).detach() for name in ("nodes", "stage", "update", "time_scale")})
-    policy = Policy(base, 100.0, {"direction_scale": 0.02, "time_scale": 0.01}, 16, 1)
-    mean = policy.mean()
-    assert isinstance(mean, MultistepTable)
-    assert torch.allclose(mean.update, base.update)
-    assert torch.allclose(mean.time_scale, base.time_scale)
-    draw = policy.draw(np.random.default_rng(0), len(start))
-    tables = policy.table(draw)
-    assert isinstance(tables, MultistepTable)
-    assert tables.update.shape == (len(start), *base.update.shape)
-    assert policy.log_prob(draw).shape == (len(start),)
-    found = integrate(mixture.denoiser([]), AFS(tables), 80 * start, SIGMAS)
-    for i in range(len(start)):
-        own = replace(base, update=tables.update[i], time_scale=tables.time_scale[i])
-        assert torch.allclose(integrate(mixture.denoiser([]), AFS(own), 80 * start[i : i + 1], SIGMAS)[0], found[i], rtol=1e-9)
-    with pytest.raises(ValueError, match=r"scale_std: .*; valid: one above 0"):
-        Policy(base, 100.0, {"direction_scale": 0.0}, 16, 1)

@@ -26,6 +26,7 @@ def small() -> dict[str, Any]:
     params["teacher"] |= {"extra_nodes": 1, "train": 64, "validation": 32}
     params["distill"] |= {"iterations": 6, "batch_size": 16, "validate_every": 2}
     params["rdpo"] |= {"groups": 4, "tables": 4, "iterations": 6, "validate_every": 2, "warmup": 2, "validation": 100}
+    params["rdpo"] |= {"checkpoint_every": 2}
     params["rdpo"] |= {"learning_rate": 1e-4}
     params["samplers"] = {name: params["samplers"][name] for name in ("reference", "euler", "heun", "distilled", "rdpo")}
     params["samplers"]["reference"]["num_steps"] = 5

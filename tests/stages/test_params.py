@@ -35,7 +35,8 @@ def composed(*overrides: str) -> dict[str, Any]:
 def concatenated(read: Callable[[str], str]) -> str:
     """What `make params` writes."""
     common = re.sub(r"(?ms)^defaults:.*?^\n", "", read("conf/config.yaml"))
-    groups = [re.sub(r"(?ms)^# @package.*?^\n", "", read(f"conf/{group}.yaml")) for group in ("family/epd", "backbone/digits")]
+    names = ("family/epd", "backbone/digits", "rdpo/shared")
+    groups = [re.sub(r"(?ms)^# @package.*?^\n", "", read(f"conf/{name}.yaml")) for name in names]
     return "\n".join([common, *groups])
 
 
@@ -157,6 +158,18 @@ def put(path: str, value: object) -> Callable[[dict[str, Any]], None]:
         (put("distill.learning_rate", float("nan")), "params.yaml: distill.learning_rate: found nan; valid: "),
         (put("rdpo", 3), "params.yaml: rdpo: found 3; valid: a valid dictionary"),
         (put("rdpo.tables", 1), "params.yaml: rdpo.tables: found 1; valid: greater than or equal to 2"),
+        (put("rdpo.clip", 1.0), "params.yaml: rdpo.clip: found 1.0; valid: less than 1"),
+        (put("rdpo.clip", 0.0), "params.yaml: rdpo.clip: found 0.0; valid: greater than 0"),
+        (put("rdpo.groups", 0), "params.yaml: rdpo.groups: found 0; valid: greater than or equal to 1"),
+        (put("rdpo.concentration", float("nan")), "params.yaml: rdpo.concentration: found nan; valid: "),
+        (put("rdpo.direction_std", 1e-4), "params.yaml: rdpo: direction_std: found 0.0001; valid: 0, or 0.001 to 1"),
+        (put("rdpo.group", "own"), "params.yaml: rdpo.group: found 'own'; valid: 'shared', 'prompt' or 'mixed'"),
+        (put("rdpo.method", "ppo"), "params.yaml: rdpo.method: found 'ppo'; valid: 'rdpo', 'reward_gradient' or 'cma_es'"),
+        (put("rdpo.minibatch", 100), "rdpo: minibatch: found 100; valid: null, or what divides groups * tables, 128"),
+        (
+            lambda params: params["rdpo"].update(method="cma_es", tables=3),
+            "rdpo: tables: found 3; valid: 4 or more, for cma_es, whose generation they are",
+        ),
         (put("samplers.euler.solver", "eular"), "params.yaml: samplers.euler.solver: found 'eular'; valid: 'euler', 'heun'"),
         (put("samplers.A b", {}), "params.yaml: samplers.A b: found {}; valid: String should match pattern"),
         (

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,8 @@ import torch
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
-from backends import Gaussian
-from solvers import EPD, Backbone, EPDTable, Policy, Predictor, load_predictor, polynomial
+from solvers import load_predictor
 from stages.noise import SPLITS, noise
-from stages.params import RDPO
-from stages.rdpo import Rollouts, improve, leave_one_out
 
 from .conftest import Workspace, run, small
 
@@ -101,37 +98,6 @@ def test_distillation_learns(finished: Path) -> None:
     assert kept == min(errors) < errors[0]
 
 
-def test_advantages_are_each_reward_less_the_others_mean() -> None:
-    rewards = torch.tensor([[1.0, 2.0, 6.0], [0.0, 0.0, 3.0]]).double()
-    naive = torch.tensor([[r - (sum(group) - r) / 2 for r in group] for group in rewards.tolist()]).double()
-    assert torch.allclose(leave_one_out(rewards), naive / naive.std())
-    assert bool((leave_one_out(torch.ones(2, 3).double()) == 0).all())
-
-
-@pytest.mark.parametrize("epochs", [1, 2])
-def test_rdpo_raises_the_reward_that_it_is_given(epochs: int, mixture: Gaussian, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A reward that prefers large steps: the directions' scales grow, and the reward of the mean table with them."""
-    table = EPD(3, 2, 0.0, 0.0).table()
-    base = EPDTable(*(getattr(table, f).detach() for f in ("position", "weight", "direction_scale", "time_scale")))
-    distilled = Predictor(base, polynomial(3, 0.1, 10.0), True, Backbone("mixture", None, "none"), 1.0, {})
-
-    def reward(images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        return -images.sub(0.5).square().mean((1, 2, 3))
-
-    rollouts = Rollouts(mixture, reward, None, {}, distilled)  # type: ignore[arg-type]
-    torch.manual_seed(0)
-    policy = Policy(base, 200.0, {"direction_scale": 0.05, "time_scale": 0.05}, 16, 1)
-    settings = {**small()["rdpo"], "groups": 8, "tables": 8, "epochs": epochs, "kl": 0.0, "warmup": 0}
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2)
-    start, wanted = noise(0, "validation", range(256), (1, 2, 2)), ["0"] * 256
-    before = reward(rollouts.images(policy.mean(), start, wanted), wanted)
-    for iteration in range(1, 26):
-        improve(policy, optimizer, rollouts, 0, iteration, RDPO.model_validate(settings))
-    gain = reward(rollouts.images(policy.mean(), start, wanted), wanted) - before
-    assert gain.mean() > 3 * gain.std() / 16
-    assert policy.kl() > 0
-
-
 def test_no_noise_is_in_two_splits() -> None:
     ranges = sorted(SPLITS.values(), key=lambda indices: indices.start)
     assert all(one.stop <= other.start for one, other in pairwise(ranges))
@@ -185,22 +151,32 @@ def test_an_interrupted_stage_goes_on_to_the_same_bytes(
         run(stage, [])
     assert hashes(upstream, *outputs) == {}
     run(stage, [])
-    assert saved == 3, "what was done before the interruption was not done again"
+    again = stage == "rdpo"  # which also saves when it is interrupted
+    assert saved == 3 + again, "what was done before the interruption was not done again"
     assert hashes(upstream, *outputs) == expected
     assert not (upstream / f"data/checkpoints/{stage}.safetensors").exists()
 
 
-def test_a_checkpoint_of_other_parameters_is_not_used(upstream: Path, workspace: Workspace) -> None:
+def test_a_checkpoint_of_other_work_is_refused_with_what_differs(upstream: Path) -> None:
     from stages.checkpoint import Checkpoint
+    from stages.files import CheckpointError
     from stages.params import load_params
 
-    params = load_params()
-    mine = Checkpoint("rdpo", {"seed": 0, "rdpo": params.rdpo}, [Path("models/distilled/predictor.json")])
+    params, inputs = load_params(), [Path("models/distilled/predictor.json")]
+    mine = Checkpoint("rdpo", {"seed": 0, "rdpo": params.rdpo}, inputs, {"batch_size"})
     mine.save({"part": {"x": torch.ones(2)}}, {"cursor": 3})
     assert mine.load() is not None
-    other = params.rdpo.model_copy(update={"learning_rate": 1.0})
-    assert Checkpoint("rdpo", {"seed": 0, "rdpo": other}, [Path("models/distilled/predictor.json")]).load() is None
-    assert Checkpoint("rdpo", {"seed": 0, "rdpo": params.rdpo}, [Path("models/rdpo/predictor.json")]).load() is None
+    smaller = params.rdpo.model_copy(update={"batch_size": 3})
+    assert Checkpoint("rdpo", {"seed": 0, "rdpo": smaller}, inputs, {"batch_size"}).load() is not None
+    other = params.rdpo.model_copy(update={"learning_rate": 1.0, "patience": None})
+    differs = "rdpo.learning_rate was 0.0001, is 1.0; rdpo.patience was 5, is None"
+    with pytest.raises(CheckpointError, match=f"rdpo.safetensors: .*: {differs}; valid: the same, to go on with it, or no"):
+        Checkpoint("rdpo", {"seed": 0, "rdpo": other}, inputs, {"batch_size"}).load()
+    with pytest.raises(CheckpointError, match=r"other work: seed was 0, is 1; valid: the same"):
+        Checkpoint("rdpo", {"seed": 1, "rdpo": params.rdpo}, inputs, {"batch_size"}).load()
+    inputs[0].write_text("{}")
+    with pytest.raises(CheckpointError, match=r"models/distilled/predictor.json was [0-9a-f]{12}, is [0-9a-f]{12}; valid"):
+        Checkpoint("rdpo", {"seed": 0, "rdpo": params.rdpo}, inputs, {"batch_size"}).load()
     mine.path.write_bytes(mine.path.read_bytes()[:100])
     assert mine.load() is None
 

@@ -1,0 +1,124 @@
+"""Images by drawn tables, and their rewards: what reinforcement learning spends its time on."""
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from backends import Backend, counted_denoiser
+from metrics import Scorer
+from solvers import Checkpointed, Deduplicated, Draw, Policy, Predictor, integrate
+from solvers.families import Table
+from stages.files import FAILED, RewardError, write_tensors
+from stages.noise import noise, prompts
+
+Grouping = Literal["shared", "prompt", "mixed"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rewards of rollouts, of k tables in each of G groups, (k, G), float64; and the network's rows spent on them."""
+
+    rewards: Tensor
+    rows: int
+
+
+class Rollouts:
+    """Samples from the frozen model by any table in place of the distilled predictor's, and scores the images.
+
+    Args:
+        backend, reward: the model, and what is to be raised.
+        distilled: says grid, guidance scale and AFS.
+        seed: of the noise.
+        batch_size: images at a time; changes the speed only.
+    """
+
+    def __init__(self, backend: Backend, reward: Scorer, distilled: Predictor, seed: int, batch_size: int) -> None:
+        self.backend = backend
+        self.reward = reward
+        self.distilled = distilled
+        self.seed = seed
+        self.batch_size = batch_size
+
+    def images(self, table: Table, start: Tensor, wanted: Sequence[str], checkpointed: bool = False) -> tuple[Tensor, int]:
+        """Images (M*B, C, H, W) in [0, 1] of unit noise (M*B, ...), of which row i has prompt i mod B, and the network's rows.
+
+        By one table, or by a batch of M*B tables. The M states of a prompt are evaluated once where they are the same.
+        """
+        predictor = replace(self.distilled, table=table)
+        denoise, counter = counted_denoiser(self.backend, wanted, predictor.guidance_scale)
+        denoise = Checkpointed(denoise) if checkpointed else Deduplicated(denoise, len(start) // len(wanted))
+        x = integrate(denoise, predictor, predictor.sigmas[0] * start, predictor.sigmas)
+        return self.backend.decode(x), counter.rows
+
+    def score(self, images: Tensor, wanted: Sequence[str]) -> Tensor:
+        """Rewards (M*B,), float64 on the CPU, of images (M*B, ...) whose row i has prompt i mod B.
+
+        Raises:
+            RewardError: they are of another shape or not finite.
+        """
+        rewards = self.reward(images, [wanted[i % len(wanted)] for i in range(len(images))])
+        if not isinstance(rewards, Tensor) or rewards.shape != (len(images),):
+            found = f"shape {tuple(rewards.shape)}" if isinstance(rewards, Tensor) else type(rewards).__name__
+            raise RewardError(f"reward: {found}; valid: ({len(images)},), a number for each image")
+        rewards = rewards.double().cpu()
+        if not bool(rewards.isfinite().all()):
+            bad = (~rewards.isfinite()).nonzero().flatten().tolist()
+            found = {i: (rewards[i].item(), wanted[i % len(wanted)]) for i in bad[:4]}
+            raise RewardError(
+                f"reward: not finite for {len(bad)} of {len(images)} images, by row {found}; valid: finite numbers"
+            )
+        return rewards
+
+    def batch(self, policy: Policy, draw: Draw, groups: range, tables: int, grouping: Grouping, mine: slice) -> Batch:
+        """The rollouts of this rank's share of some groups.
+
+        Args:
+            policy: makes tables of the draw.
+            draw: for all groups; the j-th table of the g-th of G is in row j G + g.
+            groups: numbers of the G groups; group g has the prompt of training sample g.
+            tables: k, of each group.
+            grouping: "shared": a group has one noise; else each of its samples has its own.
+            mine: which of the G groups.
+
+        Raises:
+            RewardError: the model or the reward failed, or gave what it may not; the batch is in data/failed.
+        """
+        mine_of = {name: numbers.unflatten(0, (tables, -1))[:, mine] for name, numbers in draw.items()}  # (k, G', N, n)
+        groups = groups[mine]
+        wanted, start = prompts(groups), torch.stack([self._noise(groups, j, tables, grouping) for j in range(tables)])
+        size, rows, pending = max(1, self.batch_size // tables), 0, list[Future[Tensor]]()
+        with kept({"start": start, **mine_of}, wanted), ThreadPoolExecutor(1) as scorer, torch.no_grad():
+            for part in (slice(first, first + size) for first in range(0, len(groups), size)):
+                table = policy.table({name: numbers[:, part].flatten(0, 1) for name, numbers in mine_of.items()})
+                images, spent = self.images(table, start[:, part].flatten(0, 1), wanted[part])
+                rows += spent
+                for earlier in pending[-1:]:  # no more than one part waits to be scored
+                    earlier.result()
+                pending.append(scorer.submit(self._scored, images, wanted[part]))
+            rewards = torch.cat([future.result().unflatten(0, (tables, -1)) for future in pending], 1)
+        return Batch(rewards, rows)
+
+    def _scored(self, images: Tensor, wanted: Sequence[str]) -> Tensor:
+        with torch.no_grad():  # which is each thread's own
+            return self.score(images, wanted)
+
+    def _noise(self, groups: range, table: int, tables: int, grouping: Grouping) -> Tensor:
+        samples = groups if grouping == "shared" else [group * tables + table for group in groups]
+        return noise(self.seed, "train", samples, self.backend.spec.shape)
+
+
+@contextmanager
+def kept(tensors: dict[str, Tensor], wanted: Sequence[str]) -> Iterator[None]:
+    """Write a batch to data/failed where what is done with it fails, and say where."""
+    try:
+        yield
+    except Exception as error:
+        file = FAILED / f"rdpo-{os.getpid()}.safetensors"
+        write_tensors(file, tensors, {"prompts": list(wanted), "error": f"{type(error).__name__}: {error}"})
+        raise RewardError(f"{error}; the batch is in {file}") from error

@@ -1,0 +1,115 @@
+"""What a table is worth on fixed validation prompts and noise, against the table that training starts from."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from metrics import Scorer
+from metrics.frechet import Frechet, Statistics, distance, statistics
+from solvers.families import Table
+from stages.files import RewardError
+from stages.noise import batches, noise, prompts
+from stages.ranks import Ranks
+from stages.rollouts import Rollouts
+from stages.statistics import half_interval
+
+MOVED = 0.1
+"""Share of its start by which a watched quantity may move before it is told."""
+
+Point = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What looks at images beside the reward, so that a reward raised at their cost is seen.
+
+    Attributes:
+        judges: scores of which more is better, never the reward or learned with it.
+        watched: what a reward is easily raised by: told when it moves, neither good nor bad.
+        frechet, refs: the distance to real images.
+    """
+
+    judges: dict[str, Scorer]
+    watched: dict[str, Scorer]
+    frechet: Frechet
+    refs: Statistics
+
+
+class Validation:
+    """Scores tables on so many samples of validation noise, split among ranks, paired with the table that it starts with.
+
+    Args:
+        rollouts: make and score images.
+        watch: judges of the images.
+        ranks: among which the samples are split.
+        seed, samples: which noise, how many.
+        start: the table to compare with.
+
+    Raises:
+        RewardError: all rewards of the first table are the same.
+    """
+
+    def __init__(self, rollouts: Rollouts, watch: Watch, ranks: Ranks, seed: int, samples: int, start: Table) -> None:
+        self.rollouts = rollouts
+        self.watch = watch
+        self.ranks = ranks
+        self.seed = seed
+        self.samples = samples
+        self.start, self.start_distance = self._scores(start)
+        reward = self.start["reward"]
+        if bool((reward == reward[0]).all()):
+            raise RewardError(
+                f"reward: {reward[0].item()} for all {samples} validation images; valid: one that tells images apart"
+            )
+
+    def point(self, iteration: int, table: Table, kl: float) -> Point:
+        """A table's mean scores and their paired changes from the start, each with half its 95 % interval ("_95")."""
+        scores, found = self._scores(table)
+        gain = scores["reward"] - self.start["reward"]
+        point = {
+            "iteration": iteration,
+            "reward": scores["reward"].mean().item(),
+            "reward_95": half_interval(scores["reward"]),
+            "gain": gain.mean().item(),
+            "gain_95": half_interval(gain),
+            "frechet_distance": found,
+        }
+        for name in [*self.watch.judges, *self.watch.watched]:
+            change = scores[name] - self.start[name]
+            point |= {name: scores[name].mean().item(), f"{name}_change": change.mean().item()}
+            point[f"{name}_change_95"] = half_interval(change)
+        return {**point, "kl": kl}
+
+    def alarms(self, point: Point) -> list[str]:
+        """What has become worse, or is other than at the start."""
+        found = []
+        for name in self.watch.judges:
+            change, half = point[f"{name}_change"], point[f"{name}_change_95"]
+            if change + half < 0:
+                found.append(f"{name} {change:+.4f} ± {half:.4f}")
+        for name in self.watch.watched:
+            change, half, start = point[f"{name}_change"], point[f"{name}_change_95"], self.start[name].mean().item()
+            if abs(change) - half > MOVED * start:
+                found.append(f"{name} {change:+.3f} ± {half:.3f} from {start:.3f}")
+        return found
+
+    def worse(self, point: Point) -> bool:
+        """Whether a point may not be deployed: its distance is above the start's, or a judge has fallen beyond its interval."""
+        fallen = (point[f"{name}_change"] + point[f"{name}_change_95"] < 0 for name in self.watch.judges)
+        return point["frechet_distance"] > self.start_distance or any(fallen)
+
+    @torch.no_grad()
+    def _scores(self, table: Table) -> tuple[dict[str, Tensor], float]:
+        """Scores by name, (samples,), and the Frechet distance."""
+        mine = range(self.samples)[self.ranks.share(self.samples)]
+        scorers = {"reward": self.rollouts.score, **self.watch.judges, **self.watch.watched}
+        parts: list[dict[str, Tensor]] = []
+        for batch in batches(len(mine), self.rollouts.batch_size):
+            samples = mine[batch.start : batch.stop]
+            wanted, start = prompts(samples), noise(self.seed, "validation", samples, self.rollouts.backend.spec.shape)
+            images, _ = self.rollouts.images(table, start, wanted)
+            scores = {name: scorer(images, wanted) for name, scorer in scorers.items()}
+            parts.append({**scores, "features": self.watch.frechet.features(images)})
+        every = {name: self.ranks.gather(torch.cat([part[name] for part in parts]), self.samples) for name in parts[0]}
+        return every, distance(statistics(every.pop("features")), self.watch.refs)

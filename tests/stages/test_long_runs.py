@@ -1,0 +1,328 @@
+"""Runs of rdpo that last: killed, terminated, on several ranks, watched."""
+
+import csv
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import Tensor
+
+from solvers import load_predictor
+from stages.files import RewardError, StageError
+
+from .conftest import Workspace, run, small
+
+Start = Callable[[dict[str, Any]], Path]
+
+
+@pytest.fixture
+def prepared(finished: Path, workspace: Workspace) -> Start:
+    """Makes a folder in which rdpo can run with changed settings."""
+
+    def make(changes: dict[str, Any]) -> Path:
+        params = small()
+        params["rdpo"] |= changes
+        folder = workspace(params)
+        for name in ("models/backbone", "models/distilled"):
+            shutil.copytree(finished / name, folder / name, dirs_exist_ok=True)
+        (folder / "data").mkdir(exist_ok=True)
+        shutil.copy(finished / "data/refs.npz", folder / "data/refs.npz")
+        return folder
+
+    return make
+
+
+def change(folder: Path, **changes: Any) -> None:
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    params["rdpo"] |= changes
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
+
+
+def deployed(folder: Path) -> dict[str, bytes]:
+    return {str(file): file.read_bytes() for file in [*Path(folder, "models/rdpo").iterdir(), folder / "results/rdpo.csv"]}
+
+
+def log(folder: Path) -> list[dict[str, Any]]:
+    def refuse(constant: str) -> None:
+        raise ValueError(constant)
+
+    lines = (folder / "data/logs/rdpo.jsonl").read_text().splitlines()
+    return [json.loads(line, parse_constant=refuse) for line in lines]
+
+
+def start_stage(*launcher: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, *launcher, "-m", "stages.rdpo"]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def wait_for_iteration(folder: Path, iteration: int) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        file = folder / "data/logs/rdpo.jsonl"
+        if file.exists() and len(file.read_text().splitlines()) >= iteration:
+            return
+        time.sleep(0.005)
+    raise AssertionError("no such iteration came")
+
+
+LONG = {"iterations": 40, "checkpoint_every": 3, "validate_every": 10, "patience": None}
+
+
+@pytest.mark.parametrize("method", ["rdpo", "cma_es"])
+def test_kill_9_at_any_iteration_and_again_gives_the_same_bytes(method: str, prepared: Start) -> None:
+    folder = prepared(LONG | {"method": method})
+    run("rdpo", [])
+    expected, entries = deployed(folder), log(folder)
+    plots = {file.name: file.read_bytes() for file in (folder / "data/live/rdpo/plots/metrics").iterdir()}
+    for name in ("models/rdpo", "data/live", "data/logs"):
+        shutil.rmtree(folder / name)
+    (folder / "results/rdpo.csv").unlink()
+    process = start_stage()
+    wait_for_iteration(folder, random.Random(time.time_ns()).randrange(4, 36))
+    process.kill()
+    process.communicate()
+    assert (folder / "data/checkpoints/rdpo.safetensors").exists()
+    assert not (folder / "models/rdpo").exists()
+    run("rdpo", [])
+    assert deployed(folder) == expected
+    assert not (folder / "data/checkpoints/rdpo.safetensors").exists()
+    timed = {"seconds", "images_per_second", "memory_mb"}
+    untimed = [[{k: v for k, v in entry.items() if k not in timed} for entry in found] for found in (entries, log(folder))]
+    assert untimed[0] == untimed[1], "the log has every iteration once"
+    assert {file.name: file.read_bytes() for file in (folder / "data/live/rdpo/plots/metrics").iterdir()} == plots
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_loses_at_most_one_iteration(signum: signal.Signals, prepared: Start) -> None:
+    folder = prepared(LONG | {"iterations": 400, "checkpoint_every": 1000, "checkpoint_minutes": 60.0, "validate_every": 100})
+    process = start_stage()
+    wait_for_iteration(folder, 5)
+    process.send_signal(signum)
+    _, errors = process.communicate(timeout=60)
+    word, status = {signal.SIGTERM: ("terminated", 143), signal.SIGINT: ("interrupted", 130)}[signum]
+    assert process.returncode == status, errors
+    assert f"stage rdpo: {word}; nothing is half-written, the same command goes on" in errors
+    assert "Traceback" not in errors
+    done, logged = saved(folder)["done"], log(folder)[-1]["iteration"]
+    assert logged - 1 <= done <= logged
+    change(folder, iterations=done + 1)
+    with pytest.raises(StageError, match=rf"rdpo.iterations was 400, is {done + 1}; valid: the same"):
+        run("rdpo", [])
+
+
+def saved(folder: Path) -> dict[str, Any]:
+    from stages.files import read_tensors
+
+    return read_tensors(folder / "data/checkpoints/rdpo.safetensors")[1]["values"]
+
+
+@pytest.mark.parametrize("method", ["rdpo", "reward_gradient"])
+def test_two_ranks_come_to_the_table_of_one(method: str, prepared: Start) -> None:
+    folder = prepared({"method": method})
+    run("rdpo", [])
+    alone, curve = load_predictor(folder / "models/rdpo"), (folder / "results/rdpo.csv").read_text()
+    shutil.rmtree(folder / "models/rdpo")
+    process = start_stage("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    _, errors = process.communicate(timeout=180)
+    assert process.returncode == 0, errors
+    both = load_predictor(folder / "models/rdpo")
+    assert both.provenance["network_rows"] == alone.provenance["network_rows"]
+    for name, value in vars(alone.table).items():
+        if isinstance(value, Tensor):
+            assert torch.allclose(getattr(both.table, name), value, rtol=0, atol=1e-6), name
+    for row, other in zip(*(csv.DictReader(text.splitlines()) for text in (curve, csv_of(folder))), strict=True):
+        assert {k: pytest.approx(float(v), abs=1e-6) for k, v in row.items()} == {k: float(v) for k, v in other.items()}
+
+
+def csv_of(folder: Path) -> str:
+    return (folder / "results/rdpo.csv").read_text()
+
+
+def test_groups_that_ranks_cannot_split_are_refused(prepared: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    from stages import rdpo as module
+
+    prepared({"groups": 3})
+
+    class Two:
+        rank, size = 0, 2
+
+    monkeypatch.setattr(module, "Ranks", Two)
+    with pytest.raises(StageError, match=r"rdpo.groups: 3 for 2 ranks; valid: a multiple of the ranks"):
+        run("rdpo", [])
+
+
+def test_the_log_is_strict_and_the_plots_are_it(prepared: Start) -> None:
+    folder = prepared({"method": "rdpo"})
+    run("rdpo", [])
+    entries = log(folder)
+    assert [entry["iteration"] for entry in entries] == list(range(1, 7))
+    for key in ("reward", "kl", "clip_fraction", "images_per_second", "memory_mb", "rows"):
+        assert all(isinstance(entry[key], float) for entry in entries), key
+    assert [entry["iteration"] for entry in entries if "validation_gain" in entry] == [2, 4, 6]
+    table = (folder / "data/live/rdpo/plots/metrics/reward.tsv").read_text().splitlines()
+    assert [float(line.split("\t")[1]) for line in table[1:]] == [entry["reward"] for entry in entries]
+    assert not (folder / "data/live/rdpo/plots/metrics/seconds.tsv").exists()
+    chosen = load_predictor(folder / "models/rdpo").provenance
+    assert chosen["iterations"] == 6
+    assert chosen["network_rows"] == sum(entry["rows"] for entry in entries)
+
+
+def test_numbers_that_are_not_finite_are_null(tmp_path: Path) -> None:
+    from stages.trace import Trace
+
+    trace = Trace(tmp_path / "log.jsonl", tmp_path / "live", 0)
+    trace.add({"iteration": 1, "reward": float("nan"), "kl": float("inf")})
+    trace.add({"iteration": 2, "reward": 0.5, "kl": 1.0})
+    trace.close()
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"iteration": 3, "rew')  # killed while it wrote
+    again = Trace(tmp_path / "log.jsonl", tmp_path / "live", 1)
+    again.close()
+    assert (tmp_path / "log.jsonl").read_text() == '{"iteration": 1, "reward": null, "kl": null}\n'
+
+
+def test_it_stops_at_the_kl_limit_and_deploys_what_was_before(prepared: Start, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = prepared({"kl_alarm": 1e-4, "kl_limit": 0.3, "validate_every": 1})
+    run("rdpo", [])
+    entries = log(folder)
+    assert entries[-1]["kl"] > 0.3 >= entries[-2]["kl"]
+    assert "is above the limit, 0.3" in entries[-1]["stopped"]
+    assert any("is above 0.0001" in alarm for entry in entries for alarm in entry["alarms"])
+    found = load_predictor(folder / "models/rdpo").provenance
+    assert found["stopped"] == entries[-1]["stopped"]
+    assert found["chosen"]["kl"] <= 0.3
+    assert "rdpo: iteration" in capsys.readouterr().err
+
+
+def falling(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """A judge that finds each image worse than the one that it saw at its place before."""
+    falling.calls += 1  # type: ignore[attr-defined]
+    return torch.full((len(images),), -float(falling.calls)).double() + images.double().mean((1, 2, 3))  # type: ignore[attr-defined]
+
+
+def test_what_a_judge_finds_worse_is_told_and_not_deployed(
+    prepared: Start, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from stages import rdpo as module
+
+    falling.calls = 0  # type: ignore[attr-defined]
+    monkeypatch.setattr(module, "Accuracy", lambda _: falling)
+    folder = prepared({"patience": 2, "validate_every": 1, "iterations": 6})
+    run("rdpo", [])
+    entries = log(folder)
+    assert [entry["stopped"] for entry in entries] == ["", "2 validations without a better table to deploy"]
+    assert all(any(alarm.startswith("accuracy -") for alarm in entry["alarms"]) for entry in entries)
+    assert load_predictor(folder / "models/rdpo").provenance["chosen"]["iteration"] == 0
+    distilled, best = (load_file(folder / f"models/{name}/predictor.safetensors") for name in ("distilled", "rdpo"))
+    assert all(torch.allclose(best[name].sort(-1).values, distilled[name].sort(-1).values) for name in distilled)
+    assert "rdpo: iteration 1: accuracy -" in capsys.readouterr().err
+
+
+def test_brightness_that_moves_is_told(prepared: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    from stages import rdpo as module
+
+    calls: list[int] = []
+
+    def brightening(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        calls.append(len(images))
+        return images.double().mean((1, 2, 3)) * (1 + 0.2 * (len(calls) - 2))
+
+    monkeypatch.setattr(module, "brightness", brightening)
+    folder = prepared({"validate_every": 2})
+    run("rdpo", [])
+    found = [alarm for entry in log(folder) for alarm in entry["alarms"] if alarm.startswith("brightness")]
+    assert len(found) >= 2
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (
+            lambda images, prompts: torch.full((len(images),), -1.0),
+            r"reward: -1.0 for all 100 validation images; valid: one that",
+        ),
+        (lambda images, prompts: torch.full((len(images),), float("nan")), r"reward: not finite for 100 of 100 images"),
+        (lambda images, prompts: torch.zeros(len(images), 2), r"reward: shape \(100, 2\); valid: \(100,\)"),
+    ],
+)
+def test_a_bad_reward_is_told_before_anything_is_learned(
+    reward: Any, message: str, prepared: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stages import rdpo as module
+
+    monkeypatch.setattr(module, "LogProbability", lambda _: reward)
+    prepared({})
+    with pytest.raises(RewardError, match=message):
+        run("rdpo", [])
+
+
+def test_a_reward_that_fails_later_leaves_checkpoint_and_batch(prepared: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    from metrics.log_probability import LogProbability
+    from stages import rdpo as module
+
+    class Failing(LogProbability):
+        calls = 0
+
+        def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+            Failing.calls += 1
+            found = super().__call__(images, prompts)
+            return found * float("nan") if Failing.calls == 9 else found
+
+    folder = prepared({"checkpoint_every": 100})
+    run("rdpo", [])
+    expected = deployed(folder)
+    shutil.rmtree(folder / "models/rdpo")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "LogProbability", Failing)
+        with pytest.raises(
+            RewardError, match=r"not finite for 16 of 16 images, .*the batch is in data/failed/rdpo-\d+.safetensors"
+        ):
+            run("rdpo", [])
+    assert saved(folder)["done"] == log(folder)[-1]["iteration"] > 2
+    run("rdpo", [])
+    assert deployed(folder) == expected
+
+
+@pytest.mark.parametrize(
+    "chosen", [{"method": "cma_es"}, {"method": "reward_gradient"}, {"group": "mixed", "minibatch": 4}], ids=str
+)
+def test_every_method_runs_and_resumes_as_a_stage(
+    chosen: dict[str, Any], prepared: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stages.checkpoint import Checkpoint
+
+    folder = prepared(chosen)
+    run("rdpo", [])
+    expected = deployed(folder)
+    shutil.rmtree(folder / "models/rdpo")
+    save, times = Checkpoint.save, 0
+
+    def interrupt(self: Checkpoint, parts: Any, values: Any) -> None:
+        nonlocal times
+        save(self, parts, values)
+        times += 1
+        if times == 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "save", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run("rdpo", [])
+    change(folder, batch_size=5, checkpoint_every=1)  # which may be others
+    assert saved(folder)["done"] == 2
+    change(folder, batch_size=small()["rdpo"]["batch_size"], checkpoint_every=2)
+    run("rdpo", [])
+    assert deployed(folder) == expected
