@@ -52,8 +52,8 @@ class StageError(Exception):
     """A stage cannot go on, for a reason that its message tells in full."""
 
 
-class RewardError(StageError):
-    """What is to be rewarded, or a reward, is not what it has to be."""
+class RolloutError(StageError):
+    """Images, their rewards, or what was to be learned from them are not what they have to be."""
 
 
 class CheckpointError(StageError):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from solvers import Draw, Drawable, Policy
 from stages.checkpoint import adam_state, load_adam_state, under
-from stages.files import RewardError
+from stages.files import RolloutError
 from stages.noise import noise, prompts
 from stages.params import RDPO
 from stages.ranks import Ranks
@@ -64,14 +64,10 @@ class Method(ABC):
         """Rewards (k, G) of an iteration's groups, by all ranks, and the network's rows: all that ranks exchange."""
         count, tables = self.settings.groups, self.settings.tables
         mine = self.ranks.share(count)
-        batch = self.rollouts.batch(self.policy, draw, self.groups(iteration), tables, grouping, mine)
+        batch = self.rollouts.batch(self.policy, draw, iteration, count, tables, grouping, mine)
         rows = torch.full((len(batch.rewards.T), 1), batch.rows / len(batch.rewards.T), dtype=torch.float64)
         every = self.ranks.gather(torch.cat([batch.rewards.T, rows], 1), count)
         return every[:, :-1].T, every[:, -1].sum().item()
-
-    def groups(self, iteration: int) -> range:
-        """Numbers of an iteration's groups."""
-        return range(iteration * self.settings.groups, (iteration + 1) * self.settings.groups)
 
 
 class _Descent(Method):
@@ -119,11 +115,12 @@ class PolicyGradient(_Descent):
         with torch.no_grad():
             old = self.policy.log_prob(draw)
         lengths, clipped = list[float](), list[float]()
-        for chosen in self._minibatches(iteration, rollouts):
-            ratio = (self.policy.log_prob({name: numbers[chosen] for name, numbers in draw.items()}) - old[chosen]).exp()
-            loss = surrogate(advantage[chosen], ratio, settings.clip) + self.penalty()
-            lengths.append(descend(self.optimizer, loss, self.share(iteration)))
-            clipped.append(((ratio - 1).abs() > settings.clip).double().mean().item())
+        with kept(f"rdpo-{iteration}", {"rewards": rewards, **draw}, []):
+            for chosen in self._minibatches(iteration, rollouts):
+                ratio = (self.policy.log_prob({name: numbers[chosen] for name, numbers in draw.items()}) - old[chosen]).exp()
+                loss = surrogate(advantage[chosen], ratio, settings.clip) + self.penalty()
+                lengths.append(descend(self.optimizer, loss, self.share(iteration)))
+                clipped.append(((ratio - 1).abs() > settings.clip).double().mean().item())
         return {
             "reward": rewards.mean().item(),
             "reward_std": rewards.std().item(),
@@ -157,11 +154,11 @@ class RewardGradient(_Descent):
         total, rows = 0.0, 0
         for part in (mine[first : first + self.rollouts.batch_size] for first in range(0, len(mine), self.rollouts.batch_size)):
             start, wanted = noise(self.seed, "train", part, self.rollouts.backend.spec.shape), prompts(part)
-            with kept({"start": start, **{name: leaf.detach() for name, leaf in leaves.items()}}, wanted):
+            with kept(f"rdpo-{iteration}", {"start": start, **{name: leaf.detach() for name, leaf in leaves.items()}}, wanted):
                 images, spent = self.rollouts.images(self.policy.table(dict(leaves)), start, wanted, checkpointed=True)
                 rewards = self.rollouts.score(images, wanted)
                 if not rewards.requires_grad:
-                    raise RewardError("reward: has no gradient; valid: a differentiable reward, or rdpo.method rdpo or cma_es")
+                    raise RolloutError("reward: has no gradient; valid: a differentiable reward, or rdpo.method rdpo or cma_es")
                 (-rewards.sum() / count).backward()
             total += rewards.sum().item()
             rows += spent

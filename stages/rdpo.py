@@ -129,8 +129,7 @@ class Training:
         self.checkpoint = checkpoint
         self.ranks = ranks
         self.settings = settings
-        start = validation.point(0, method.table(), 0.0)
-        self.now = Progress([start], start, method.table())
+        self.now = Progress([validation.first()], validation.first(), method.table())
         if (saved := checkpoint.load()) is not None:
             tensors, values = saved
             method.restore(tensors)

@@ -14,7 +14,7 @@ from backends import Backend, counted_denoiser
 from metrics import Scorer
 from solvers import Checkpointed, Deduplicated, Draw, Policy, Predictor, integrate
 from solvers.families import Table
-from stages.files import FAILED, RewardError, write_tensors
+from stages.files import FAILED, RolloutError, write_tensors
 from stages.noise import noise, prompts
 
 Grouping = Literal["shared", "prompt", "mixed"]
@@ -60,65 +60,67 @@ class Rollouts:
         """Rewards (M*B,), float64 on the CPU, of images (M*B, ...) whose row i has prompt i mod B.
 
         Raises:
-            RewardError: they are of another shape or not finite.
+            RolloutError: they are of another shape or not finite.
         """
         rewards = self.reward(images, [wanted[i % len(wanted)] for i in range(len(images))])
         if not isinstance(rewards, Tensor) or rewards.shape != (len(images),):
             found = f"shape {tuple(rewards.shape)}" if isinstance(rewards, Tensor) else type(rewards).__name__
-            raise RewardError(f"reward: {found}; valid: ({len(images)},), a number for each image")
+            raise RolloutError(f"reward: {found}; valid: ({len(images)},), a number for each image")
         rewards = rewards.double().cpu()
         if not bool(rewards.isfinite().all()):
             bad = (~rewards.isfinite()).nonzero().flatten().tolist()
             found = {i: (rewards[i].item(), wanted[i % len(wanted)]) for i in bad[:4]}
-            raise RewardError(
+            raise RolloutError(
                 f"reward: not finite for {len(bad)} of {len(images)} images, by row {found}; valid: finite numbers"
             )
         return rewards
 
-    def batch(self, policy: Policy, draw: Draw, groups: range, tables: int, grouping: Grouping, mine: slice) -> Batch:
-        """The rollouts of this rank's share of some groups.
+    def batch(
+        self, policy: Policy, draw: Draw, iteration: int, groups: int, tables: int, grouping: Grouping, mine: slice
+    ) -> Batch:
+        """This rank's share of an iteration's rollouts: k tables in each of G groups, which have a prompt each.
 
         Args:
             policy: makes tables of the draw.
-            draw: for all groups; the j-th table of the g-th of G is in row j G + g.
-            groups: numbers of the G groups; group g has the prompt of training sample g.
-            tables: k, of each group.
+            draw: for all groups; the j-th table of the g-th is in row j G + g.
+            iteration: decides prompts and noise: its groups have those of training samples iteration G to (iteration + 1) G.
+            groups, tables: G and k.
             grouping: "shared": a group has one noise; else each of its samples has its own.
-            mine: which of the G groups.
+            mine: which of the groups.
 
         Raises:
-            RewardError: the model or the reward failed, or gave what it may not; the batch is in data/failed.
+            RolloutError: the model or the reward failed, or gave what it may not; the batch is in data/failed.
         """
         mine_of = {name: numbers.unflatten(0, (tables, -1))[:, mine] for name, numbers in draw.items()}  # (k, G', N, n)
-        groups = groups[mine]
-        wanted, start = prompts(groups), torch.stack([self._noise(groups, j, tables, grouping) for j in range(tables)])
+        samples = range(iteration * groups, (iteration + 1) * groups)[mine]
+        wanted, start = prompts(samples), torch.stack([self._noise(samples, j, tables, grouping) for j in range(tables)])
         size, rows, pending = max(1, self.batch_size // tables), 0, list[Future[Tensor]]()
-        with kept({"start": start, **mine_of}, wanted), ThreadPoolExecutor(1) as scorer, torch.no_grad():
-            for part in (slice(first, first + size) for first in range(0, len(groups), size)):
+        with kept(f"rdpo-{iteration}", {"start": start, **mine_of}, wanted), ThreadPoolExecutor(1) as scorer, torch.no_grad():
+            for part in (slice(first, first + size) for first in range(0, len(samples), size)):
                 table = policy.table({name: numbers[:, part].flatten(0, 1) for name, numbers in mine_of.items()})
                 images, spent = self.images(table, start[:, part].flatten(0, 1), wanted[part])
                 rows += spent
                 for earlier in pending[-1:]:  # no more than one part waits to be scored
                     earlier.result()
-                pending.append(scorer.submit(self._scored, images, wanted[part]))
+                pending.append(scorer.submit(self._scored, images, wanted[part], f"rdpo-{iteration}-images"))
             rewards = torch.cat([future.result().unflatten(0, (tables, -1)) for future in pending], 1)
         return Batch(rewards, rows)
 
-    def _scored(self, images: Tensor, wanted: Sequence[str]) -> Tensor:
-        with torch.no_grad():  # which is each thread's own
+    def _scored(self, images: Tensor, wanted: Sequence[str], name: str) -> Tensor:
+        with kept(name, {"images": images}, wanted), torch.no_grad():  # which is each thread's own
             return self.score(images, wanted)
 
-    def _noise(self, groups: range, table: int, tables: int, grouping: Grouping) -> Tensor:
-        samples = groups if grouping == "shared" else [group * tables + table for group in groups]
-        return noise(self.seed, "train", samples, self.backend.spec.shape)
+    def _noise(self, samples: range, table: int, tables: int, grouping: Grouping) -> Tensor:
+        own = samples if grouping == "shared" else [sample * tables + table for sample in samples]
+        return noise(self.seed, "train", own, self.backend.spec.shape)
 
 
 @contextmanager
-def kept(tensors: dict[str, Tensor], wanted: Sequence[str]) -> Iterator[None]:
-    """Write a batch to data/failed where what is done with it fails, and say where."""
+def kept(name: str, tensors: dict[str, Tensor], wanted: Sequence[str]) -> Iterator[None]:
+    """Write tensors and prompts to data/failed where what is done with them fails, and say where."""
     try:
         yield
     except Exception as error:
-        file = FAILED / f"rdpo-{os.getpid()}.safetensors"
+        file = FAILED / f"{name}-rank{os.environ.get('RANK', '0')}.safetensors"
         write_tensors(file, tensors, {"prompts": list(wanted), "error": f"{type(error).__name__}: {error}"})
-        raise RewardError(f"{error}; the batch is in {file}") from error
+        raise RolloutError(f"{error}; see {file}") from error

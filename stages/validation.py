@@ -7,11 +7,11 @@ from torch import Tensor
 
 from metrics import Scorer
 from metrics.frechet import Frechet, Statistics, distance, statistics
-from solvers.families import Table
-from stages.files import RewardError
+from solvers import Drawable
+from stages.files import RolloutError
 from stages.noise import batches, noise, prompts
 from stages.ranks import Ranks
-from stages.rollouts import Rollouts
+from stages.rollouts import Rollouts, kept
 from stages.statistics import half_interval
 
 MOVED = 0.1
@@ -47,25 +47,31 @@ class Validation:
         start: the table to compare with.
 
     Raises:
-        RewardError: all rewards of the first table are the same.
+        RolloutError: all rewards of the first table are the same.
     """
 
-    def __init__(self, rollouts: Rollouts, watch: Watch, ranks: Ranks, seed: int, samples: int, start: Table) -> None:
+    def __init__(self, rollouts: Rollouts, watch: Watch, ranks: Ranks, seed: int, samples: int, start: Drawable) -> None:
         self.rollouts = rollouts
         self.watch = watch
         self.ranks = ranks
         self.seed = seed
         self.samples = samples
-        self.start, self.start_distance = self._scores(start)
+        self.start, self.start_distance = self._scores(start, 0)
         reward = self.start["reward"]
         if bool((reward == reward[0]).all()):
-            raise RewardError(
+            raise RolloutError(
                 f"reward: {reward[0].item()} for all {samples} validation images; valid: one that tells images apart"
             )
 
-    def point(self, iteration: int, table: Table, kl: float) -> Point:
+    def first(self) -> Point:
+        """The point of the table that it starts with."""
+        return self._point(0, self.start, self.start_distance, 0.0)
+
+    def point(self, iteration: int, table: Drawable, kl: float) -> Point:
         """A table's mean scores and their paired changes from the start, each with half its 95 % interval ("_95")."""
-        scores, found = self._scores(table)
+        return self._point(iteration, *self._scores(table, iteration), kl)
+
+    def _point(self, iteration: int, scores: dict[str, Tensor], found: float, kl: float) -> Point:
         gain = scores["reward"] - self.start["reward"]
         point = {
             "iteration": iteration,
@@ -100,7 +106,7 @@ class Validation:
         return point["frechet_distance"] > self.start_distance or any(fallen)
 
     @torch.no_grad()
-    def _scores(self, table: Table) -> tuple[dict[str, Tensor], float]:
+    def _scores(self, table: Drawable, iteration: int) -> tuple[dict[str, Tensor], float]:
         """Scores by name, (samples,), and the Frechet distance."""
         mine = range(self.samples)[self.ranks.share(self.samples)]
         scorers = {"reward": self.rollouts.score, **self.watch.judges, **self.watch.watched}
@@ -109,7 +115,8 @@ class Validation:
             samples = mine[batch.start : batch.stop]
             wanted, start = prompts(samples), noise(self.seed, "validation", samples, self.rollouts.backend.spec.shape)
             images, _ = self.rollouts.images(table, start, wanted)
-            scores = {name: scorer(images, wanted) for name, scorer in scorers.items()}
+            with kept(f"rdpo-{iteration}-validation", {"start": start, "images": images}, wanted):
+                scores = {name: scorer(images, wanted) for name, scorer in scorers.items()}
             parts.append({**scores, "features": self.watch.frechet.features(images)})
         every = {name: self.ranks.gather(torch.cat([part[name] for part in parts]), self.samples) for name in parts[0]}
         return every, distance(statistics(every.pop("features")), self.watch.refs)

@@ -13,7 +13,7 @@ from torch import Tensor
 from backends import Gaussian
 from solvers import EPD, SOLVERS, Backbone, Multistep, Policy, Predictor, Spread, polynomial
 from solvers.policy import Drawable
-from stages.files import RewardError
+from stages.files import RolloutError
 from stages.methods import METHODS, advantages, surrogate
 from stages.params import RDPO
 from stages.ranks import Ranks
@@ -139,7 +139,7 @@ def test_a_shared_start_is_evaluated_once(grouping: Grouping, saved: int, guidan
     policy = policy_of(rollouts)
     for groups, tables in ((1, 5), (3, 4)):
         draw = policy.draw(np.random.default_rng(0), groups * tables)
-        batch = rollouts.batch(policy, draw, range(groups), tables, grouping, slice(None))
+        batch = rollouts.batch(policy, draw, 0, groups, tables, grouping, slice(None))
         rows = tables * 3 * (1 + 2) - saved * (tables - 1)
         assert batch.rows == groups * rows * (1 if guidance_scale == 1 else 2)
 
@@ -156,15 +156,15 @@ def test_a_batch_of_rollouts_is_each_of_them_alone(family: str, grouping: Groupi
     rollouts = rollouts_of(mixture, family, reward)
     policy = policy_of(rollouts)
     draw = policy.draw(np.random.default_rng(0), 6)
-    batch = rollouts.batch(policy, draw, range(20, 23), 2, grouping, slice(None))
+    batch = rollouts.batch(policy, draw, 7, 3, 2, grouping, slice(None))
     ((images, prompts),) = seen
-    assert prompts == ["0", "1", "2", "0", "1", "2"]
+    assert prompts == ["1", "2", "3", "1", "2", "3"]
     for row in range(6):
         table, group = divmod(row, 3)
         own = policy.table({name: numbers[row : row + 1] for name, numbers in draw.items()})
         from stages.noise import noise
 
-        sample = 20 + group if grouping == "shared" else (20 + group) * 2 + table
+        sample = 21 + group if grouping == "shared" else (21 + group) * 2 + table
         alone, _ = rollouts.images(own, noise(0, "train", [sample], (1, 2, 2)), [prompts[row]])
         assert torch.allclose(alone[0], images[row], rtol=1e-9)
         assert batch.rewards[table, group].item() == pytest.approx(nearer_half(alone, []).item())
@@ -175,8 +175,8 @@ def test_rewards_do_not_depend_on_the_batch_size_or_the_share(batch_size: int, m
     rollouts = rollouts_of(mixture, batch_size=batch_size)
     policy = policy_of(rollouts)
     draw = policy.draw(np.random.default_rng(0), 24)
-    whole = rollouts_of(mixture).batch(policy, draw, range(6), 4, "prompt", slice(None)).rewards
-    found = [rollouts.batch(policy, draw, range(6), 4, "prompt", part).rewards for part in (slice(0, 2), slice(2, 6))]
+    whole = rollouts_of(mixture).batch(policy, draw, 0, 6, 4, "prompt", slice(None)).rewards
+    found = [rollouts.batch(policy, draw, 0, 6, 4, "prompt", part).rewards for part in (slice(0, 2), slice(2, 6))]
     assert torch.allclose(torch.cat(found, 1), whole, rtol=1e-12)
 
 
@@ -202,14 +202,14 @@ def test_rewards_are_computed_while_the_next_part_is_sampled(mixture: Gaussian) 
     plain = rollouts_of(mixture)
     rollouts = Watched(mixture, reward, plain.distilled, 0, 4)
     policy = policy_of(rollouts)
-    rollouts.batch(policy, policy.draw(np.random.default_rng(0), 8), range(2), 4, "shared", slice(None))
+    rollouts.batch(policy, policy.draw(np.random.default_rng(0), 8), 0, 2, 4, "shared", slice(None))
     assert waited == [True]
 
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda r: r[:-1], r"reward: shape \(31,\); valid: \(32,\), a number for each image; the batch is in data/failed"),
+        (lambda r: r[:-1], r"reward: shape \(31,\); valid: \(32,\), a number for each image; see data/failed/rdpo-1"),
         (lambda r: r[:, None], r"reward: shape \(32, 1\)"),
         (lambda r: r.tolist(), r"reward: list; valid"),
         (
@@ -217,7 +217,7 @@ def test_rewards_are_computed_while_the_next_part_is_sampled(mixture: Gaussian) 
             r"not finite for 1 of 32 images, by row \{3: \(nan, '\d'\)\}",
         ),
         (lambda r: r / 0, r"not finite for 32 of 32 images"),
-        (lambda r: (_ for _ in ()).throw(RuntimeError("out of memory")), r"out of memory; the batch is in data/failed/rdpo-"),
+        (lambda r: (_ for _ in ()).throw(RuntimeError("out of memory")), r"out of memory; see data/failed/rdpo-1"),
     ],
 )
 @pytest.mark.parametrize("method", ["rdpo", "reward_gradient", "cma_es"])
@@ -227,9 +227,12 @@ def test_a_failing_reward_stops_with_the_batch_saved(
     monkeypatch.chdir(tmp_path)
     rollouts = rollouts_of(mixture, reward=lambda images, prompts: spoil(nearer_half(images, prompts)))
     step = METHODS[method](policy_of(rollouts), rollouts, Ranks(), settings(groups=8, tables=4), 0).step
-    with pytest.raises(RewardError, match=message):
+    with pytest.raises(RolloutError, match=message):
         step(1)
-    (file,) = (tmp_path / "data/failed").iterdir()
+    if method != "reward_gradient":
+        with safe_open(tmp_path / "data/failed/rdpo-1-images-rank0.safetensors", framework="pt") as saved:
+            assert saved.get_tensor("images").shape == (32, 1, 2, 2)
+    file = tmp_path / "data/failed/rdpo-1-rank0.safetensors"
     with safe_open(file, framework="pt") as saved:
         assert saved.get_tensor("start").numel() == 4 * (8 * 4 if method == "reward_gradient" else 4 * 8)
         assert "segments" in set(saved.keys())
@@ -316,7 +319,7 @@ def test_a_reward_without_gradient_is_told(mixture: Gaussian, tmp_path: Path, mo
     monkeypatch.chdir(tmp_path)
     rollouts = rollouts_of(mixture, reward=lambda images, prompts: nearer_half(images, prompts).detach())
     method = METHODS["reward_gradient"](policy_of(rollouts), rollouts, Ranks(), settings(method="reward_gradient"), 0)
-    with pytest.raises(RewardError, match=r"has no gradient; valid: a differentiable reward, or rdpo.method rdpo or cma_es"):
+    with pytest.raises(RolloutError, match=r"has no gradient; valid: a differentiable reward, or rdpo.method rdpo or cma_es"):
         method.step(1)
 
 
