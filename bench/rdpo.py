@@ -158,7 +158,8 @@ def deploy(name: str, changes: dict[str, Any], seed: int) -> dict[str, float]:
     watch = Watch({"accuracy": judge}, {}, frechet, load_statistics(REFS))
     method = method_of(changes, seed, 0.0)
     start = best = method.table()
-    validation = Validation(method.rollouts, watch, Ranks(), SEED, 2048, start)
+    validation = Validation(method.rollouts, watch, Ranks(), SEED, 2048)
+    validation.begin(start)
     gain, iteration, rows = 0.0, 0, 0.0
     for i in range(1, method.settings.iterations + 1):
         rows += method.step(i)["rows"]
@@ -232,7 +233,8 @@ def alignment(how: str, groups: int, tables: int) -> list[float]:
 
 def cost(curve: list[list[float]], goal: float) -> tuple[float, float, float]:
     """Rollouts and network rows until a gain, and rows per unit of it; infinite where it never comes."""
-    return next(((p[0], p[1], p[1] / p[2]) for p in curve if p[2] >= goal), (float("inf"),) * 3)
+    never = (float("inf"), float("inf"), float("inf"))
+    return next(((p[0], p[1], p[1] / p[2]) for p in curve if p[2] >= goal), never)
 
 
 def pick(name: str, offset: float, pool: ProcessPoolExecutor) -> list[Any]:
@@ -280,8 +282,8 @@ def heading(effect: float, goal: float) -> list[str]:
         f"the ten prompts, of standard deviation {FAR * effect:.2f}: {FAR} times that of a drawn table's mean reward,",
         f"{effect:.3f}. Two prompts of four tables an iteration, minibatches of 4, clip 0.2, as published; each method at the",
         f"learning rate of {', '.join(f'{rate:g}' for rate in RATES)} (cma_es: size of a generation) that got there first on",
-        "two other seeds. rows: evaluations of the network until then (forward; reward_gradient's backward pass costs some three",
-        "times as many again), and per unit of gain. What the reward alone drives to is not what may be deployed: see below.",
+        "two other seeds. rows: evaluations of the network until then (forward; reward_gradient's backward pass costs some",
+        "three times as many again), and per unit of gain. What the reward alone drives to may not be deployed: see below.",
         "",
     ]
 

@@ -12,7 +12,8 @@ from torch.distributions import Dirichlet, Distribution, LogNormal, Normal, kl_d
 from solvers.epd import EPDTable
 from solvers.multistep import MultistepTable
 
-SMALLEST = 1e-6  # a drawn share is at least this: log-probabilities stay finite, points stay apart
+SMALLEST = 1e-6  # a share of the base is at least this: log-concentrations stay finite
+SMALLEST_DRAWN = 1e-9  # and of a draw: log-probabilities stay finite, points stay apart
 LOG_STD = (-7.0, 2.0)
 """Range of the logarithm of a standard deviation, as published."""
 
@@ -89,12 +90,12 @@ class Policy(nn.Module):
         residuals = self.head(h).split([part.start.shape[-1] for part in self.parts.values()], -1)
         return {name: part.distribution(r) for (name, part), r in zip(self.parts.items(), residuals, strict=True)}
 
-    def spread(self) -> Tensor:
+    def deviations(self) -> Tensor:
         """Standard deviations, at the start, of what locates the draws: (D,) in the order that `shifted` takes them.
 
         They are of the logarithms of gamma variates (whose shares the Dirichlets are), of logarithms, of coefficients.
         """
-        return torch.cat([part.spread()[part.drawn().bool()] for part in self.parts.values()])
+        return torch.cat([part.deviations()[part.drawn().bool()] for part in self.parts.values()])
 
     def shifted(self, offsets: Tensor) -> Distributions:
         """The distributions at the start, moved by D offsets: what a search without the network looks through."""
@@ -175,7 +176,7 @@ class _Part:
         """`used` for each number, (N, n)."""
         return self.used if self.used.ndim == 2 else self.used[:, None].expand_as(self.start)
 
-    def spread(self) -> Tensor:
+    def deviations(self) -> Tensor:
         """Standard deviations, (N, n)."""
         if self.family == "dirichlet":
             return torch.polygamma(1, self.start.exp()).sqrt()
@@ -233,7 +234,8 @@ def _ahead(base: MultistepTable) -> Tensor:
 
 
 def _multistep_table(base: MultistepTable, draw: Draw) -> MultistepTable:
-    found = {name: draw[name] for name in ("time_scale",) if name in draw}
+    """Nothing is evaluated, or shown to the network, beyond the noise levels of the base, which it may not know."""
+    found: dict[str, Tensor] = {}
     if "update" in draw:
         found["update"] = draw["update"] * (base.update != 0)
     if "stage" in draw:
@@ -241,9 +243,11 @@ def _multistep_table(base: MultistepTable, draw: Draw) -> MultistepTable:
         # the main point's row is above, the step's own columns beside
         found["stage"] = nn.functional.pad(ahead, (0, base.num_points, 1, 0))
     if "node" in draw:
-        # nothing beyond the noise levels of the base's own points, which the network may not know
         ahead = draw["node"].clamp(base.nodes.min(), base.nodes.max())
         found["nodes"] = torch.cat([base.nodes[:, :1].expand(*ahead.shape[:-1], 1), ahead], -1)
+    if "node" in draw or "time_scale" in draw:
+        nodes, shown = found.get("nodes", base.nodes), torch.cat([base.nodes, base.nodes * base.time_scale])
+        found["time_scale"] = (nodes * draw.get("time_scale", base.time_scale)).clamp(shown.min(), shown.max()) / nodes
     return replace(base, **found)
 
 
@@ -262,7 +266,8 @@ def _draw(rng: np.random.Generator, distribution: Distribution, count: int) -> T
     match distribution:
         case Dirichlet(concentration=concentration):  # normalised gamma variates
             gamma = torch.from_numpy(rng.standard_gamma(concentration.numpy(), (count, *concentration.shape)))
-            shares = (gamma / gamma.sum(-1, keepdim=True)).clamp_min(SMALLEST)
+            gamma = gamma.clamp_min(1e-300)  # small concentrations underflow, maybe all of them
+            shares = (gamma / gamma.sum(-1, keepdim=True)).clamp_min(SMALLEST_DRAWN)
             return shares / shares.sum(-1, keepdim=True)
         case LogNormal(loc=loc, scale=scale):
             return torch.from_numpy(rng.lognormal(loc.numpy(), scale.numpy(), (count, *loc.shape)))

@@ -3,7 +3,6 @@
 import errno
 import fcntl
 import inspect
-import os
 import resource
 import signal
 import sys
@@ -18,6 +17,7 @@ from tqdm import tqdm
 
 from stages.files import LOCKS, TIMES, StageError, write_json
 from stages.params import ParamsError, load_params
+from stages.ranks import RANK, SIZE
 
 T = TypeVar("T")
 INTERRUPTED = 130  # the shell's exit status for Ctrl-C,
@@ -28,7 +28,7 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, as schedulers send it some time before they kill."""
 
 
-def command(stage: Callable[..., None]) -> None:
+def command(stage: Callable[..., None], has_ranks: bool = False) -> None:
     """Run a stage: its keyword-only arguments are sections of params.yaml, the others come from the command line.
 
     A stage sees only the sections that it names, but the whole file is validated first. Known failures end in one line and
@@ -46,10 +46,11 @@ def command(stage: Callable[..., None]) -> None:
             if not set(given.values()) <= set(params.samplers):  # the one argument that a stage may have
                 raise ParamsError(f"samplers: found no {name.split('@', 1)[1]!r}; valid: {', '.join(params.samplers)}")
             signal.signal(signal.SIGTERM, _terminate)
-            first = os.environ.get("RANK", "0") == "0"  # of those that torchrun started
-            with _alone(name) if first else nullcontext():
+            if SIZE > 1 and not has_ranks:
+                raise StageError("runs as one process; valid: python -m, without torchrun")
+            with _alone(name) if RANK == 0 else nullcontext():
                 stage(**given, **{section: getattr(params, section) for section in sections})
-                if first:
+                if RANK == 0:
                     _record(name)
         except (ParamsError, StageError, FloatingPointError) as error:
             _fail(name, str(error))
@@ -70,14 +71,24 @@ def command(stage: Callable[..., None]) -> None:
 
 
 def _terminate(signum: int, frame: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it twice: the second must not end what the first began
     raise Terminated
 
 
 def progress(items: Sequence[T], description: str, unit: str, done: int = 0) -> "tqdm[T]":
-    """The items, with a progress bar on standard error; `done` more were made in an earlier run."""
+    """The items, with the first rank's progress bar on standard error; `done` more were made in an earlier run."""
     every = 0.2 if sys.stderr.isatty() else 10.0
     total = done + len(items)
-    return tqdm(items, desc=description, unit=unit, initial=done, total=total, mininterval=every, dynamic_ncols=True)
+    return tqdm(
+        items,
+        desc=description,
+        unit=unit,
+        initial=done,
+        total=total,
+        mininterval=every,
+        dynamic_ncols=True,
+        disable=RANK > 0,
+    )
 
 
 @contextmanager

@@ -19,7 +19,8 @@ from stages.training import descend, rng
 SAME = 1e-6
 """Rewards of a batch whose advantages are below this share of the largest reward are the same but for rounding."""
 
-Statistics = dict[str, float]
+Numbers = dict[str, float]
+"""Of an iteration, by name; "rows" are evaluations of the network."""
 
 
 class Method(ABC):
@@ -41,7 +42,7 @@ class Method(ABC):
         self.seed = seed
 
     @abstractmethod
-    def step(self, iteration: int) -> Statistics:
+    def step(self, iteration: int) -> Numbers:
         """One iteration's rollouts, and what is learned from them; the same iteration draws the same numbers in every run."""
 
     @abstractmethod
@@ -65,9 +66,14 @@ class Method(ABC):
         count, tables = self.settings.groups, self.settings.tables
         mine = self.ranks.share(count)
         batch = self.rollouts.batch(self.policy, draw, iteration, count, tables, grouping, mine)
+        # the rows ride along, each group with its part of them
         rows = torch.full((len(batch.rewards.T), 1), batch.rows / len(batch.rewards.T), dtype=torch.float64)
         every = self.ranks.gather(torch.cat([batch.rewards.T, rows], 1), count)
         return every[:, :-1].T, every[:, -1].sum().item()
+
+    def groups(self, iteration: int) -> range:
+        """Training samples whose prompts an iteration's groups have."""
+        return range(iteration * self.settings.groups, (iteration + 1) * self.settings.groups)
 
 
 class _Descent(Method):
@@ -94,7 +100,7 @@ class _Descent(Method):
         self.policy.load_state_dict(under("policy", tensors))
         load_adam_state(self.optimizer, under("adam", tensors))
 
-    def share(self, iteration: int) -> float:
+    def warmed(self, iteration: int) -> float:
         """Of the learning rate, while it warms up."""
         return min(1.0, iteration / self.settings.warmup) if self.settings.warmup else 1.0
 
@@ -106,7 +112,7 @@ class _Descent(Method):
 class PolicyGradient(_Descent):
     """RDPO: PPO's clipped objective on whole tables, with a leave-one-out baseline (RLOO). Needs no gradient of the reward."""
 
-    def step(self, iteration: int) -> Statistics:
+    def step(self, iteration: int) -> Numbers:
         settings = self.settings
         rollouts = settings.groups * settings.tables
         draw = self.policy.draw(rng(self.seed, "rdpo", iteration), rollouts)
@@ -115,11 +121,11 @@ class PolicyGradient(_Descent):
         with torch.no_grad():
             old = self.policy.log_prob(draw)
         lengths, clipped = list[float](), list[float]()
-        with kept(f"rdpo-{iteration}", {"rewards": rewards, **draw}, []):
+        with kept(f"rdpo-{iteration}", {"rewards": rewards, **draw}, prompts(self.groups(iteration))):
             for chosen in self._minibatches(iteration, rollouts):
                 ratio = (self.policy.log_prob({name: numbers[chosen] for name, numbers in draw.items()}) - old[chosen]).exp()
                 loss = surrogate(advantage[chosen], ratio, settings.clip) + self.penalty()
-                lengths.append(descend(self.optimizer, loss, self.share(iteration)))
+                lengths.append(descend(self.optimizer, loss, self.warmed(iteration)))
                 clipped.append(((ratio - 1).abs() > settings.clip).double().mean().item())
         return {
             "reward": rewards.mean().item(),
@@ -146,7 +152,7 @@ class RewardGradient(_Descent):
     each their own prompt and noise.
     """
 
-    def step(self, iteration: int) -> Statistics:
+    def step(self, iteration: int) -> Numbers:
         count = self.settings.groups * self.settings.tables
         mine = range(iteration * count, (iteration + 1) * count)[self.ranks.share(count)]
         means = {name: distribution.mean for name, distribution in self.policy.distributions().items()}
@@ -155,18 +161,20 @@ class RewardGradient(_Descent):
         for part in (mine[first : first + self.rollouts.batch_size] for first in range(0, len(mine), self.rollouts.batch_size)):
             start, wanted = noise(self.seed, "train", part, self.rollouts.backend.spec.shape), prompts(part)
             with kept(f"rdpo-{iteration}", {"start": start, **{name: leaf.detach() for name, leaf in leaves.items()}}, wanted):
-                images, spent = self.rollouts.images(self.policy.table(dict(leaves)), start, wanted, checkpointed=True)
+                images, counter = self.rollouts.images(self.policy.table(dict(leaves)), start, wanted, checkpointed=True)
                 rewards = self.rollouts.score(images, wanted)
                 if not rewards.requires_grad:
                     raise RolloutError("reward: has no gradient; valid: a differentiable reward, or rdpo.method rdpo or cma_es")
                 (-rewards.sum() / count).backward()
+                if not all(bool(leaf.grad.isfinite().all()) for leaf in leaves.values() if leaf.grad is not None):
+                    raise RolloutError("reward: its gradient by the table is not finite; valid: finite numbers")
             total += rewards.sum().item()
-            rows += spent
+            rows += counter.rows
         gradients = [leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for leaf in leaves.values()]
         sent = torch.cat([*(g.flatten() for g in gradients), torch.tensor([total / count, float(rows)]).double()])
         *parts, numbers = self.ranks.sum(sent).split([*(g.numel() for g in gradients), 2])
         inner = [(mean * part.view_as(mean)).sum() for mean, part in zip(means.values(), parts, strict=True)]
-        length = descend(self.optimizer, torch.stack(inner).sum() + self.penalty(), self.share(iteration))
+        length = descend(self.optimizer, torch.stack(inner).sum() + self.penalty(), self.warmed(iteration))
         return {"reward": numbers[0].item(), "gradient_norm": length, "rows": numbers[1].item()}
 
 
@@ -178,18 +186,18 @@ class CMAES(Method):
 
     def __init__(self, policy: Policy, rollouts: Rollouts, ranks: Ranks, settings: RDPO, seed: int) -> None:
         super().__init__(policy, rollouts, ranks, settings, seed)
-        self.spread = policy.spread()
+        self.deviations = policy.deviations()
         self.told: list[Tensor] = []
         self.search = self._new()
 
     def _new(self) -> CMA:
         seed = int(rng(self.seed, "cma_es").integers(2**31))
-        return CMA(np.zeros(len(self.spread)), 1.0, seed=seed, population_size=self.settings.tables)
+        return CMA(np.zeros(len(self.deviations)), 1.0, seed=seed, population_size=self.settings.tables)
 
     @torch.no_grad()
-    def step(self, iteration: int) -> Statistics:
+    def step(self, iteration: int) -> Numbers:
         asked = [self.search.ask() for _ in range(self.settings.tables)]
-        found = [self.policy.shifted(torch.from_numpy(x) * self.spread) for x in asked]
+        found = [self.policy.shifted(torch.from_numpy(x) * self.deviations) for x in asked]
         means = {name: torch.stack([each[name].mean for each in found]) for name in found[0]}
         draw = {name: mean.repeat_interleave(self.settings.groups, 0) for name, mean in means.items()}
         rewards, rows = self.rewards(draw, iteration, "shared")
@@ -207,11 +215,11 @@ class CMAES(Method):
 
     @torch.no_grad()
     def table(self) -> Drawable:
-        return self.policy.mean(self.policy.shifted(torch.from_numpy(self.search.mean) * self.spread))
+        return self.policy.mean(self.policy.shifted(torch.from_numpy(self.search.mean) * self.deviations))
 
     @torch.no_grad()
     def kl(self) -> float:
-        return self.policy.kl(self.policy.shifted(torch.from_numpy(self.search.mean) * self.spread)).item()
+        return self.policy.kl(self.policy.shifted(torch.from_numpy(self.search.mean) * self.deviations)).item()
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """What it was told: all else follows from that and the seed."""

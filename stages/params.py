@@ -210,6 +210,8 @@ class RDPO(Section):
 
     @model_validator(mode="after")
     def _has_tables_for_its_method(self) -> "RDPO":
+        if self.batch_size < self.tables:
+            raise ValueError(f"batch_size: found {self.batch_size}; valid: {self.tables} or more, the tables of a group")
         if self.method == "cma_es" and self.tables < 4:
             raise ValueError(f"tables: found {self.tables}; valid: 4 or more, for cma_es, whose generation they are")
         if self.minibatch is not None and self.groups * self.tables % self.minibatch:
@@ -287,11 +289,16 @@ class Params(Section):
             if not needed <= self.distill.history <= steps:
                 valid = f"{needed}, for {self.distill.start}, to {steps}, the steps of num_steps {self.num_steps}"
                 raise ValueError(f"distill.history: found {self.distill.history}; valid: {valid}")
-            if not self.rdpo.coefficient_std and not self.rdpo.time_std:
-                raise ValueError(
-                    "rdpo.coefficient_std, rdpo.time_std: found 0; valid: one above 0, or there is nothing to draw of "
-                    f"{self.distill.family}"
-                )
+        return self
+
+    @model_validator(mode="after")
+    def _has_something_to_draw(self) -> "Params":
+        """Multistep tables have neither Dirichlets nor direction scales."""
+        ahead = isinstance(self.distill, ParallelMultistep) and self.distill.points > 1
+        multistep = isinstance(self.distill, S4S | S4SAlt | ParallelMultistep | DODE)
+        if multistep and not (self.rdpo.coefficient_std or self.rdpo.time_std or (ahead and self.rdpo.node_std)):
+            names = "rdpo.coefficient_std, rdpo.time_std" + (", rdpo.node_std" if ahead else "")
+            raise ValueError(f"{names}: found 0; valid: one above 0, or there is nothing to draw of {self.distill.family}")
         return self
 
     @model_validator(mode="after")

@@ -7,16 +7,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from stages.files import StageError
+
 PATIENCE = timedelta(hours=6)
 """How long a rank waits for the others: validation and loading take one rank longer than another."""
+
+
+SIZE = int(os.environ.get("WORLD_SIZE", "1"))
+"""Processes that torchrun started; 1 without it."""
+RANK = int(os.environ.get("RANK", "0")) if SIZE > 1 else 0
+"""This one's number among them."""
 
 
 class Ranks:
     """This process among its equals. Without torchrun it is alone, and nothing is sent."""
 
     def __init__(self) -> None:
-        self.rank = int(os.environ.get("RANK", "0"))
-        self.size = int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank, self.size = RANK, SIZE
         if self.size > 1:
             dist.init_process_group("gloo", timeout=PATIENCE)
 
@@ -30,9 +37,12 @@ class Ranks:
         return slice(items * self.rank // self.size, items * (self.rank + 1) // self.size)
 
     def sum(self, numbers: Tensor) -> Tensor:
-        """The sum over ranks of float64 numbers on the CPU."""
+        """The sum over ranks of float64 numbers on the CPU; raises StageError where one of them has gone."""
         if self.size > 1:
-            dist.all_reduce(numbers)
+            try:
+                dist.all_reduce(numbers)
+            except RuntimeError as error:
+                raise StageError(f"rank {self.rank}: another rank has stopped, and says why ({error})") from error
         return numbers
 
     def gather(self, mine: Tensor, items: int) -> Tensor:

@@ -37,13 +37,13 @@ from stages.files import (
 from stages.methods import METHODS, Method
 from stages.params import RDPO as RDPOParams  # noqa: N811
 from stages.ranks import Ranks
-from stages.rollouts import Rollouts
+from stages.rollouts import Rollouts, tensors_of
 from stages.trace import Trace
 from stages.training import seeded
 from stages.validation import Point, Validation, Watch
 
-UNTIED = {"batch_size", "checkpoint_every", "checkpoint_minutes"}
-"""Parameters that may be others when a run goes on: they do not change what it computes."""
+UNTIED = {"batch_size", "iterations", "kl_alarm", "checkpoint_every", "checkpoint_minutes"}
+"""Parameters that may be others when a run goes on: they do not change what an iteration computes."""
 
 
 def rdpo(*, seed: int, rdpo: RDPOParams) -> None:
@@ -63,11 +63,11 @@ def rdpo(*, seed: int, rdpo: RDPOParams) -> None:
         refs = load_statistics(REFS)
     with reading(DISTILLED):
         distilled = load_predictor(DISTILLED)
-        policy = new_policy(distilled.table, rdpo, seed)
+    policy = new_policy(distilled.table, rdpo, seed)
     watch = Watch({"accuracy": judge}, {"brightness": brightness, "saturation": saturation}, frechet, refs)
     rollouts = Rollouts(backend, reward, distilled, seed, rdpo.batch_size)
     method = METHODS[rdpo.method](policy, rollouts, ranks, rdpo, seed)
-    validation = Validation(rollouts, watch, ranks, seed, rdpo.validation, method.table())
+    validation = Validation(rollouts, watch, ranks, seed, rdpo.validation)
     inputs = [*sorted(BACKBONE.iterdir()), REFS, *sorted(DISTILLED.iterdir())]
     checkpoint = Checkpoint("rdpo", {"seed": seed, "rdpo": rdpo}, inputs, UNTIED)
     training = Training(method, validation, checkpoint, ranks, rdpo)
@@ -81,9 +81,12 @@ def rdpo(*, seed: int, rdpo: RDPOParams) -> None:
 def new_policy(table: Table, rdpo: RDPOParams, seed: int) -> Policy:
     """Around a distilled table."""
     if isinstance(table, AMED):
-        raise ValueError("family amed; valid: epd or multistep, which have a table to draw around")
+        raise InputError(f"{DISTILLED}: family amed; valid: another distill.family, which has a table to draw around")
     spread = Spread(rdpo.concentration, rdpo.direction_std, rdpo.time_std, rdpo.coefficient_std, rdpo.node_std)
-    return seeded(seed, "policy", lambda: Policy(table, spread, rdpo.hidden, rdpo.blocks))
+    try:
+        return seeded(seed, "policy", lambda: Policy(table, spread, rdpo.hidden, rdpo.blocks))
+    except ValueError as error:
+        raise InputError(f"{DISTILLED}: no policy can be drawn around this table: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -129,12 +132,16 @@ class Training:
         self.checkpoint = checkpoint
         self.ranks = ranks
         self.settings = settings
-        self.now = Progress([validation.first()], validation.first(), method.table())
-        if (saved := checkpoint.load()) is not None:
+        if (saved := checkpoint.load()) is None:
+            start = validation.begin(method.table())
+            self.now = Progress([start], start, method.table())
+        else:
             tensors, values = saved
             method.restore(tensors)
+            validation.start = under("start", tensors)
+            validation.start_distance, validation.rows = values.pop("start_distance"), values.pop("validation_rows")
             self.now = Progress(best=replace(method.table(), **under("best", tensors)), **values)
-        if ranks.sum(torch.tensor(float(self.now.done))).item() != self.now.done * ranks.size:
+        if ranks.sum(torch.tensor(float(self.now.done), dtype=torch.float64)).item() != self.now.done * ranks.size:
             raise StageError(
                 f"rank {ranks.rank}: goes on from iteration {self.now.done}, others from elsewhere; valid: one folder for all "
                 f"ranks, so that all read {checkpoint.path}"
@@ -145,25 +152,22 @@ class Training:
         trace = Trace(LOGS / "rdpo.jsonl", LIVE, self.now.done) if self.ranks.first else None
         todo = range(0) if self.now.stopped else range(self.now.done + 1, self.settings.iterations + 1)
         bar = progress(todo, "rdpo", "iteration", self.now.done)
-        bar.disable = not self.ranks.first
-        kept, saved = self._kept(), time.monotonic()
+        state, saved = self._state(), time.monotonic()
         try:
             for iteration in bar:
                 entry, alarms = self._iterate(iteration)
-                kept = self._kept()
                 if trace is not None:
                     trace.add(entry)
                     tell(bar, entry, self.now, alarms)
+                state = self._state()  # after the log: a line too many is taken back, one that lacks stays away
                 late = time.monotonic() - saved > 60 * self.settings.checkpoint_minutes
                 if late or iteration % self.settings.checkpoint_every == 0:
-                    self._save(kept)
+                    self._save(state)
                     saved = time.monotonic()
                 if self.now.stopped:
                     break
-        except BaseException:
-            self._save(kept)
-            raise
-        finally:
+        finally:  # done, failed or told to stop
+            self._save(state)
             if trace is not None:
                 trace.close()
 
@@ -176,14 +180,14 @@ class Training:
         entry["images_per_second"] = settings.groups * settings.tables / seconds
         entry["memory_mb"] = psutil.Process().memory_info().rss / 2**20
         now = replace(self.now, done=iteration, rows=self.now.rows + found["rows"])
-        alarms = []
+        alarms = list[str]()
         if settings.kl_limit is not None and kl > settings.kl_limit:
             now = replace(now, stopped=f"kl {kl:.4g} is above the limit, {settings.kl_limit:g}")
-        elif settings.kl_alarm is not None and kl > settings.kl_alarm:
-            alarms.append(f"kl {kl:.4g} is above {settings.kl_alarm:g}")
         if now.stopped or iteration % settings.validate_every == 0 or iteration == settings.iterations:
             now = self._validated(now, kl)
-            alarms += self.validation.alarms(now.curve[-1])
+            alarms = self.validation.alarms(now.curve[-1])
+            if settings.kl_alarm is not None and kl > settings.kl_alarm:
+                alarms.append(f"kl {kl:.4g}, above {settings.kl_alarm:g}")
             entry |= {f"validation_{name}": value for name, value in now.curve[-1].items() if name != "iteration"}
         self.now = now
         return {**entry, "alarms": alarms, "stopped": now.stopped}, [*alarms, *filter(None, [now.stopped])]
@@ -199,15 +203,16 @@ class Training:
             return replace(now, stopped=f"{since} validations without a better table to deploy")
         return now
 
-    def _kept(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    def _state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """All that a checkpoint holds."""
         values = {f.name: getattr(self.now, f.name) for f in fields(self.now) if f.name != "best"}
-        best = {name: value for name, value in vars(self.now.best).items() if isinstance(value, Tensor)}
-        return {**self.method.state(), "best": best}, values
+        values |= {"start_distance": self.validation.start_distance, "validation_rows": self.validation.rows}
+        parts = {"best": tensors_of(self.now.best), "start": self.validation.start}
+        return {**self.method.state(), **parts}, values
 
-    def _save(self, kept: tuple[dict[str, dict[str, Tensor]], dict[str, Any]]) -> None:
-        if self.ranks.first and kept[1]["done"]:
-            self.checkpoint.save(*kept)
+    def _save(self, state: tuple[dict[str, dict[str, Tensor]], dict[str, Any]]) -> None:
+        if self.ranks.first and state[1]["done"]:
+            self.checkpoint.save(*state)
 
 
 def tell(bar: "tqdm[int]", entry: dict[str, Any], now: Progress, alarms: list[str]) -> None:
@@ -230,7 +235,8 @@ def write(training: Training, distilled: Predictor, seed: int, rdpo: RDPOParams)
         "seed": seed,
         "parent_sha256": sha256(DISTILLED / "predictor.safetensors"),
         "iterations": now.done,
-        "network_rows": now.rows,
+        "rollout_rows": now.rows,
+        "validation_rows": training.validation.rows,
         "stopped": now.stopped,
         "chosen": chosen,
     }
@@ -245,4 +251,4 @@ def write(training: Training, distilled: Predictor, seed: int, rdpo: RDPOParams)
 
 
 if __name__ == "__main__":
-    command(rdpo)
+    command(rdpo, has_ranks=True)

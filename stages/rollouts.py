@@ -1,6 +1,6 @@
 """Images by drawn tables, and their rewards: what reinforcement learning spends its time on."""
 
-import os
+import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -12,10 +12,11 @@ from torch import Tensor
 
 from backends import Backend, counted_denoiser
 from metrics import Scorer
-from solvers import Checkpointed, Deduplicated, Draw, Policy, Predictor, integrate
+from solvers import Checkpointed, Counter, Deduplicated, Draw, Policy, Predictor, integrate
 from solvers.families import Table
-from stages.files import FAILED, RolloutError, write_tensors
+from stages.files import FAILED, RolloutError, StageError, write_tensors
 from stages.noise import noise, prompts
+from stages.ranks import RANK
 
 Grouping = Literal["shared", "prompt", "mixed"]
 
@@ -45,35 +46,22 @@ class Rollouts:
         self.seed = seed
         self.batch_size = batch_size
 
-    def images(self, table: Table, start: Tensor, wanted: Sequence[str], checkpointed: bool = False) -> tuple[Tensor, int]:
-        """Images (M*B, C, H, W) in [0, 1] of unit noise (M*B, ...), of which row i has prompt i mod B, and the network's rows.
+    def images(self, table: Table, start: Tensor, wanted: Sequence[str], checkpointed: bool = False) -> tuple[Tensor, Counter]:
+        """Images (M*B, C, H, W) in [0, 1] of unit noise (M*B, ...), of which row i has prompt i mod B, and what they cost.
 
-        By one table, or by a batch of M*B tables. The M states of a prompt are evaluated once where they are the same.
+        By one table, or by a batch of M*B tables. The M states of a prompt are evaluated once where they are the same. With
+        `checkpointed` the counter goes on in the backward pass, which evaluates the network again.
         """
         predictor = replace(self.distilled, table=table)
         denoise, counter = counted_denoiser(self.backend, wanted, predictor.guidance_scale)
         denoise = Checkpointed(denoise) if checkpointed else Deduplicated(denoise, len(start) // len(wanted))
         x = integrate(denoise, predictor, predictor.sigmas[0] * start, predictor.sigmas)
-        return self.backend.decode(x), counter.rows
+        return self.backend.decode(x), counter
 
     def score(self, images: Tensor, wanted: Sequence[str]) -> Tensor:
-        """Rewards (M*B,), float64 on the CPU, of images (M*B, ...) whose row i has prompt i mod B.
-
-        Raises:
-            RolloutError: they are of another shape or not finite.
-        """
-        rewards = self.reward(images, [wanted[i % len(wanted)] for i in range(len(images))])
-        if not isinstance(rewards, Tensor) or rewards.shape != (len(images),):
-            found = f"shape {tuple(rewards.shape)}" if isinstance(rewards, Tensor) else type(rewards).__name__
-            raise RolloutError(f"reward: {found}; valid: ({len(images)},), a number for each image")
-        rewards = rewards.double().cpu()
-        if not bool(rewards.isfinite().all()):
-            bad = (~rewards.isfinite()).nonzero().flatten().tolist()
-            found = {i: (rewards[i].item(), wanted[i % len(wanted)]) for i in bad[:4]}
-            raise RolloutError(
-                f"reward: not finite for {len(bad)} of {len(images)} images, by row {found}; valid: finite numbers"
-            )
-        return rewards
+        """Rewards (M*B,), float64 on the CPU, of images (M*B, ...) whose row i has prompt i mod B; checked."""
+        repeated = [wanted[i % len(wanted)] for i in range(len(images))]
+        return checked("reward", self.reward(images, repeated), repeated)
 
     def batch(
         self, policy: Policy, draw: Draw, iteration: int, groups: int, tables: int, grouping: Grouping, mine: slice
@@ -93,13 +81,13 @@ class Rollouts:
         """
         mine_of = {name: numbers.unflatten(0, (tables, -1))[:, mine] for name, numbers in draw.items()}  # (k, G', N, n)
         samples = range(iteration * groups, (iteration + 1) * groups)[mine]
-        wanted, start = prompts(samples), torch.stack([self._noise(samples, j, tables, grouping) for j in range(tables)])
+        wanted, start = prompts(samples), self._noise(samples, tables, grouping)
         size, rows, pending = max(1, self.batch_size // tables), 0, list[Future[Tensor]]()
         with kept(f"rdpo-{iteration}", {"start": start, **mine_of}, wanted), ThreadPoolExecutor(1) as scorer, torch.no_grad():
             for part in (slice(first, first + size) for first in range(0, len(samples), size)):
                 table = policy.table({name: numbers[:, part].flatten(0, 1) for name, numbers in mine_of.items()})
-                images, spent = self.images(table, start[:, part].flatten(0, 1), wanted[part])
-                rows += spent
+                images, counter = self.images(table, start[:, part].flatten(0, 1), wanted[part])
+                rows += counter.rows
                 for earlier in pending[-1:]:  # no more than one part waits to be scored
                     earlier.result()
                 pending.append(scorer.submit(self._scored, images, wanted[part], f"rdpo-{iteration}-images"))
@@ -110,9 +98,35 @@ class Rollouts:
         with kept(name, {"images": images}, wanted), torch.no_grad():  # which is each thread's own
             return self.score(images, wanted)
 
-    def _noise(self, samples: range, table: int, tables: int, grouping: Grouping) -> Tensor:
-        own = samples if grouping == "shared" else [sample * tables + table for sample in samples]
-        return noise(self.seed, "train", own, self.backend.spec.shape)
+    def _noise(self, samples: range, tables: int, grouping: Grouping) -> Tensor:
+        """Unit noise (k, G', ...)."""
+        shape = self.backend.spec.shape
+        if grouping == "shared":
+            return noise(self.seed, "train", samples, shape).expand(tables, -1, *shape)
+        own = [sample * tables + table for table in range(tables) for sample in samples]
+        return noise(self.seed, "train", own, shape).unflatten(0, (tables, -1))
+
+
+def checked(name: str, scores: Tensor, wanted: Sequence[str]) -> Tensor:
+    """Scores (B,) of B images by prompts, as float64 on the CPU.
+
+    Raises:
+        RolloutError: they are of another shape or not finite.
+    """
+    if not isinstance(scores, Tensor) or scores.shape != (len(wanted),):
+        found = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
+        raise RolloutError(f"{name}: {found}; valid: ({len(wanted)},), a number for each image")
+    scores = scores.double().cpu()
+    if not bool(scores.isfinite().all()):
+        bad = (~scores.isfinite()).nonzero().flatten().tolist()
+        found = {row: (scores[row].item(), wanted[row]) for row in bad[:4]}
+        raise RolloutError(f"{name}: not finite for {len(bad)} of {len(wanted)} images, by row {found}; valid: finite numbers")
+    return scores
+
+
+def tensors_of(table: Table) -> dict[str, Tensor]:
+    """A table's numbers by name."""
+    return {name: value for name, value in vars(table).items() if isinstance(value, Tensor)}
 
 
 @contextmanager
@@ -121,6 +135,7 @@ def kept(name: str, tensors: dict[str, Tensor], wanted: Sequence[str]) -> Iterat
     try:
         yield
     except Exception as error:
-        file = FAILED / f"{name}-rank{os.environ.get('RANK', '0')}.safetensors"
-        write_tensors(file, tensors, {"prompts": list(wanted), "error": f"{type(error).__name__}: {error}"})
-        raise RolloutError(f"{error}; see {file}") from error
+        file = FAILED / f"{name}-rank{RANK}.safetensors"
+        write_tensors(file, tensors, {"prompts": list(wanted), "error": traceback.format_exc()})
+        told = str(error) if isinstance(error, StageError | FloatingPointError) else f"{type(error).__name__}: {error}"
+        raise RolloutError(f"{told}; see {file}") from error

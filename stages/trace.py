@@ -25,7 +25,7 @@ class Trace:
 
     def __init__(self, file: Path, plots: Path, done: int) -> None:
         lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if done and file.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["iteration"] <= done]
+        kept = [line for line in lines if 0 < iteration_of(line) <= done]
         with atomic(file) as temporary:
             temporary.write_text("".join(kept), encoding="utf-8")
         self.file = file.open("a", encoding="utf-8")
@@ -50,3 +50,11 @@ class Trace:
         for name, value in entry.items():
             if isinstance(value, int | float) and name not in TIMED | {"iteration"}:
                 self.live.log_metric(name, value)
+
+
+def iteration_of(line: str) -> int:
+    """Of a line of the log; 0 where it was not written whole."""
+    try:
+        return json.loads(line)["iteration"] if line.endswith("\n") else 0
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return 0

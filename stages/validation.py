@@ -1,5 +1,6 @@
 """What a table is worth on fixed validation prompts and noise, against the table that training starts from."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from solvers import Drawable
 from stages.files import RolloutError
 from stages.noise import batches, noise, prompts
 from stages.ranks import Ranks
-from stages.rollouts import Rollouts, kept
+from stages.rollouts import Rollouts, checked, kept, tensors_of
 from stages.statistics import half_interval
 
 MOVED = 0.1
@@ -44,27 +45,33 @@ class Validation:
         watch: judges of the images.
         ranks: among which the samples are split.
         seed, samples: which noise, how many.
-        start: the table to compare with.
 
-    Raises:
-        RolloutError: all rewards of the first table are the same.
+    Attributes:
+        start, start_distance: scores by name, (samples,), and Frechet distance of the first table; kept in checkpoints.
+        rows: of the network, spent on validation.
     """
 
-    def __init__(self, rollouts: Rollouts, watch: Watch, ranks: Ranks, seed: int, samples: int, start: Drawable) -> None:
+    def __init__(self, rollouts: Rollouts, watch: Watch, ranks: Ranks, seed: int, samples: int) -> None:
         self.rollouts = rollouts
         self.watch = watch
         self.ranks = ranks
         self.seed = seed
         self.samples = samples
-        self.start, self.start_distance = self._scores(start, 0)
+        self.start: dict[str, Tensor] = {}
+        self.start_distance = math.inf
+        self.rows = 0.0
+
+    def begin(self, table: Drawable) -> Point:
+        """The point of the table that others will be compared with.
+
+        Raises:
+            RolloutError: a score is not what it has to be, or all rewards are the same.
+        """
+        self.start, self.start_distance = self._scores(table, 0)
         reward = self.start["reward"]
         if bool((reward == reward[0]).all()):
-            raise RolloutError(
-                f"reward: {reward[0].item()} for all {samples} validation images; valid: one that tells images apart"
-            )
-
-    def first(self) -> Point:
-        """The point of the table that it starts with."""
+            found = f"{reward[0].item()} for all {self.samples} validation images"
+            raise RolloutError(f"reward: {found}; valid: one that tells images apart")
         return self._point(0, self.start, self.start_distance, 0.0)
 
     def point(self, iteration: int, table: Drawable, kl: float) -> Point:
@@ -89,11 +96,9 @@ class Validation:
 
     def alarms(self, point: Point) -> list[str]:
         """What has become worse, or is other than at the start."""
-        found = []
-        for name in self.watch.judges:
-            change, half = point[f"{name}_change"], point[f"{name}_change_95"]
-            if change + half < 0:
-                found.append(f"{name} {change:+.4f} ± {half:.4f}")
+        found = [f"{name} {point[f'{name}_change']:+.4f} ± {point[f'{name}_change_95']:.4f}" for name in self._fallen(point)]
+        if point["frechet_distance"] > self.start_distance:
+            found.append(f"frechet_distance {point['frechet_distance']:.4f}, above {self.start_distance:.4f} at the start")
         for name in self.watch.watched:
             change, half, start = point[f"{name}_change"], point[f"{name}_change_95"], self.start[name].mean().item()
             if abs(change) - half > MOVED * start:
@@ -102,21 +107,30 @@ class Validation:
 
     def worse(self, point: Point) -> bool:
         """Whether a point may not be deployed: its distance is above the start's, or a judge has fallen beyond its interval."""
-        fallen = (point[f"{name}_change"] + point[f"{name}_change_95"] < 0 for name in self.watch.judges)
-        return point["frechet_distance"] > self.start_distance or any(fallen)
+        return point["frechet_distance"] > self.start_distance or bool(self._fallen(point))
+
+    def _fallen(self, point: Point) -> list[str]:
+        """Judges that find a point worse than the start, by their 95 % interval."""
+        return [name for name in self.watch.judges if point[f"{name}_change"] + point[f"{name}_change_95"] < 0]
 
     @torch.no_grad()
     def _scores(self, table: Drawable, iteration: int) -> tuple[dict[str, Tensor], float]:
         """Scores by name, (samples,), and the Frechet distance."""
         mine = range(self.samples)[self.ranks.share(self.samples)]
-        scorers = {"reward": self.rollouts.score, **self.watch.judges, **self.watch.watched}
+        scorers = {"reward": self.rollouts.reward, **self.watch.judges, **self.watch.watched}
         parts: list[dict[str, Tensor]] = []
+        rows = 0
         for batch in batches(len(mine), self.rollouts.batch_size):
             samples = mine[batch.start : batch.stop]
             wanted, start = prompts(samples), noise(self.seed, "validation", samples, self.rollouts.backend.spec.shape)
-            images, _ = self.rollouts.images(table, start, wanted)
-            with kept(f"rdpo-{iteration}-validation", {"start": start, "images": images}, wanted):
-                scores = {name: scorer(images, wanted) for name, scorer in scorers.items()}
-            parts.append({**scores, "features": self.watch.frechet.features(images)})
+            with kept(f"rdpo-{iteration}-validation", {"start": start, **tensors_of(table)}, wanted):
+                images, counter = self.rollouts.images(table, start, wanted)
+                scores = {name: checked(name, scorer(images, wanted), wanted) for name, scorer in scorers.items()}
+                parts.append({**scores, "features": self.watch.frechet.features(images)})
+            rows += counter.rows
         every = {name: self.ranks.gather(torch.cat([part[name] for part in parts]), self.samples) for name in parts[0]}
-        return every, distance(statistics(every.pop("features")), self.watch.refs)
+        self.rows += self.ranks.sum(torch.tensor(float(rows), dtype=torch.float64)).item()
+        found = distance(statistics(every.pop("features")), self.watch.refs)
+        if not math.isfinite(found):
+            raise RolloutError(f"frechet_distance: {found} at iteration {iteration}; valid: a finite number")
+        return every, found

@@ -165,6 +165,15 @@ def put(path: str, value: object) -> Callable[[dict[str, Any]], None]:
         (put("rdpo.direction_std", 1e-4), "params.yaml: rdpo: direction_std: found 0.0001; valid: 0, or 0.001 to 1"),
         (put("rdpo.group", "own"), "params.yaml: rdpo.group: found 'own'; valid: 'shared', 'prompt' or 'mixed'"),
         (put("rdpo.method", "ppo"), "params.yaml: rdpo.method: found 'ppo'; valid: 'rdpo', 'reward_gradient' or 'cma_es'"),
+        (put("rdpo.batch_size", 7), "params.yaml: rdpo: batch_size: found 7; valid: 8 or more, the tables of a group"),
+        (
+            lambda params: (take_family(params, "d_ode"), params["rdpo"].update(coefficient_std=0.0)),
+            "rdpo.coefficient_std, rdpo.time_std: found 0; valid: one above 0, or there is nothing to draw of d_ode",
+        ),
+        (
+            lambda params: (take_family(params, "parallel_multistep"), params["rdpo"].update(coefficient_std=0.0)),
+            "rdpo.time_std, rdpo.node_std: found 0; valid: one above 0, or there is nothing to draw of parallel_multistep",
+        ),
         (put("rdpo.minibatch", 100), "rdpo: minibatch: found 100; valid: null, or what divides groups * tables, 128"),
         (
             lambda params: params["rdpo"].update(method="cma_es", tables=3),

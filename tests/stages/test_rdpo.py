@@ -193,7 +193,7 @@ def test_rewards_are_computed_while_the_next_part_is_sampled(mixture: Gaussian) 
     class Watched(Rollouts):
         parts = 0
 
-        def images(self, *args: Any, **kwargs: Any) -> tuple[Tensor, int]:
+        def images(self, *args: Any, **kwargs: Any) -> Any:
             self.parts += 1
             if self.parts == 2:
                 sampled.set()
@@ -313,6 +313,31 @@ def test_the_gradient_of_the_reward_is_that_of_finite_differences(mixture: Gauss
     scale = min(1.0, 1.0 / found["gradient_norm"])
     assert torch.allclose(gradient, scale * torch.tensor(slopes).double(), rtol=1e-3, atol=1e-7)
     assert bool(((policy.head.bias - before).sign() == -torch.tensor(slopes).sign()).all())
+
+
+def test_a_gradient_that_is_not_finite_is_told(mixture: Gaussian, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A finite reward, by a root whose slope at 0 is infinite."""
+    monkeypatch.chdir(tmp_path)
+    rollouts = rollouts_of(mixture, reward=lambda images, prompts: (images * 0).sum((1, 2, 3)).sqrt())
+    method = METHODS["reward_gradient"](policy_of(rollouts), rollouts, Ranks(), settings(method="reward_gradient"), 0)
+    with pytest.raises(RolloutError, match=r"gradient by the table is not finite; valid: finite numbers; see data/fai"):
+        method.step(1)
+
+
+def test_rows_of_the_gradient_count_both_times_that_the_network_is_evaluated(mixture: Gaussian) -> None:
+    rollouts = rollouts_of(mixture)
+    method = METHODS["reward_gradient"](policy_of(rollouts), rollouts, Ranks(), settings(method="reward_gradient"), 0)
+    assert method.step(1)["rows"] == 2 * 64 * 3 * (1 + 2)
+
+
+def test_a_failure_of_another_kind_says_its_kind(mixture: Gaussian, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    rollouts = rollouts_of(mixture, reward=lambda images, prompts: {}["input_ids"])
+    method = METHODS["rdpo"](policy_of(rollouts), rollouts, Ranks(), settings(), 0)
+    with pytest.raises(RolloutError, match=r"KeyError: 'input_ids'; see data/failed/rdpo-1-images-rank0.safetensors"):
+        method.step(1)
+    with safe_open(tmp_path / "data/failed/rdpo-1-images-rank0.safetensors", framework="pt") as saved:
+        assert "Traceback" in json.loads(saved.metadata()["values"])["error"]
 
 
 def test_a_reward_without_gradient_is_told(mixture: Gaussian, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
