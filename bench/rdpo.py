@@ -13,6 +13,7 @@ from pathlib import Path
 sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != Path(__file__).resolve().parent]
 
 import datetime
+import hashlib
 import json
 import platform
 from collections.abc import Sequence
@@ -36,7 +37,7 @@ from metrics.accuracy import Accuracy
 from metrics.frechet import JUDGE, Frechet, bootstrap_distances, distance, load_statistics, statistics
 from metrics.log_probability import LogProbability
 from solvers import Draw, Drawable, Policy, load_predictor
-from stages.files import BACKBONE, DISTILLED, REFS, write_json
+from stages.files import BACKBONE, DISTILLED, REFS, sha256, write_json
 from stages.methods import METHODS, Method, advantages
 from stages.noise import batches, noise, prompts
 from stages.params import RDPO, load_params
@@ -98,6 +99,12 @@ def settings(changes: dict[str, Any]) -> RDPO:
     return RDPO.model_validate({**load_params().rdpo.model_dump(), **changes})
 
 
+def digest(changes: dict[str, Any]) -> str:
+    """Of the settings and the models; after a change of code, data/bench/rdpo is to be deleted."""
+    models = [sha256(file) for folder in (BACKBONE, DISTILLED) for file in sorted(folder.glob("*.safetensors"))]
+    return hashlib.sha256(json.dumps([settings(changes).model_dump(), models]).encode()).hexdigest()[:12]
+
+
 def method_of(changes: dict[str, Any], seed: int, offset: float) -> Method:
     backend, reward, distilled = parts()
     chosen = settings(changes)
@@ -130,7 +137,7 @@ def table_effect() -> float:
 
 def learn(name: str, changes: dict[str, Any], seed: int, offset: float) -> list[list[float]]:
     """(rollouts, network rows, gain, half its interval) from time to time; the gain is without offset."""
-    file = FOLDER / f"{name}-{'-'.join(str(v) for v in changes.values())}-{seed}-{offset:.3f}.json"
+    file = FOLDER / f"{name}-{digest(changes)}-{seed}-{offset:.3f}.json"
     if file.exists():
         return json.loads(file.read_text())
     method = method_of(changes, seed, offset)
@@ -149,7 +156,7 @@ def learn(name: str, changes: dict[str, Any], seed: int, offset: float) -> list[
 
 def deploy(name: str, changes: dict[str, Any], seed: int) -> dict[str, float]:
     """What the pipeline's settings and its rule deploy, on test noise, against the distilled table."""
-    file = FOLDER / f"deployed-{name}-{seed}.json"
+    file = FOLDER / f"deployed-{name}-{digest(changes)}-{seed}.json"
     if file.exists():
         return json.loads(file.read_text())
     torch.set_num_threads(1)
@@ -222,7 +229,7 @@ def gradient(how: str, groups: int, tables: int, i: int) -> Tensor:
 
 def alignment(how: str, groups: int, tables: int) -> list[float]:
     """Cosines of gradients with the mean of many independent ones."""
-    file = FOLDER / f"gradient-{how}-{groups}-{tables}.json"
+    file = FOLDER / f"gradient-{how}-{digest({})}-{groups}-{tables}.json"
     if not file.exists():
         torch.set_num_threads(1)
         mean = torch.stack([gradient("independent", 64, 8, 1000 + i) for i in range(24)]).mean(0)
@@ -231,10 +238,18 @@ def alignment(how: str, groups: int, tables: int) -> list[float]:
     return json.loads(file.read_text())
 
 
-def cost(curve: list[list[float]], goal: float) -> tuple[float, float, float]:
-    """Rollouts and network rows until a gain, and rows per unit of it; infinite where it never comes."""
-    never = (float("inf"), float("inf"), float("inf"))
-    return next(((p[0], p[1], p[1] / p[2]) for p in curve if p[2] >= goal), never)
+def cost(curve: list[list[float]], goal: float) -> dict[str, float]:
+    """Rollouts until a gain first comes, until it stays, and network rows until then; infinite where that never is."""
+    first = next((p for p in curve if p[2] >= goal), None)
+    below = max((i for i, p in enumerate(curve) if p[2] < goal), default=-1)
+    stays = curve[below + 1] if below + 1 < len(curve) else None
+    never = float("inf")
+    return {
+        "first": first[0] if first else never,
+        "stays": stays[0] if stays else never,
+        "rows": stays[1] if stays else never,
+        "rows per gain": stays[1] / stays[2] if stays else never,
+    }
 
 
 def pick(name: str, offset: float, pool: ProcessPoolExecutor) -> list[Any]:
@@ -258,7 +273,7 @@ def main() -> None:
         goal = SHARE * max(run.result()[-1][2] for _, runs in bar for setting in runs for run in setting)
         best = {}
         for (name, offset), runs in pilots.items():
-            costs = [sum(min(cost(run.result(), goal)[0], 1e9) for run in setting) for setting in runs]
+            costs = [sum(min(cost(run.result(), goal)["stays"], 1e9) for run in setting) for setting in runs]
             best[name, offset] = LEARNED[name][int(np.argmin(costs))]
         learned = {key: [pool.submit(learn, key[0], changes, seed, key[1]) for seed in SEEDS] for key, changes in best.items()}
         curves = {key: [run.result() for run in runs] for key, runs in tqdm(learned.items(), desc="seeds")}
@@ -276,33 +291,35 @@ def heading(effect: float, goal: float) -> list[str]:
         "",
         "## Rollouts until the gain",
         "",
-        f"Rollouts (images scored) until the mean table's paired gain over the distilled one, on {VALIDATION}",
-        f"samples of validation noise, is {goal:.4f}: {SHARE:.0%} of the best method's median gain after {ITERATIONS * 8}",
-        f"rollouts. Median and range of {len(SEEDS)} seeds. The reward is log-probability, or that with an offset for each of",
-        f"the ten prompts, of standard deviation {FAR * effect:.2f}: {FAR} times that of a drawn table's mean reward,",
-        f"{effect:.3f}. Two prompts of four tables an iteration, minibatches of 4, clip 0.2, as published; each method at the",
-        f"learning rate of {', '.join(f'{rate:g}' for rate in RATES)} (cma_es: size of a generation) that got there first on",
-        "two other seeds. rows: evaluations of the network until then (forward; reward_gradient's backward pass costs some",
-        "three times as many again), and per unit of gain. What the reward alone drives to may not be deployed: see below.",
+        f"Rollouts (images scored) until the mean table's paired gain over the distilled one, on {VALIDATION} samples of",
+        f"validation noise, first reaches {goal:.4f}, and until it stays there to the end of {ITERATIONS * 8} rollouts: that",
+        f"is {SHARE:.0%} of the best method's median gain at the end. Median and range of {len(SEEDS)} seeds. The reward is",
+        "log-probability, or that with an offset for each of the ten prompts, of standard deviation",
+        f"{FAR * effect:.2f}: {FAR} times that of a drawn table's mean reward, {effect:.3f}. Two prompts of four tables an",
+        "iteration, minibatches of 4, clip 0.2, as published; spread and network are the pipeline's. Each method is at the",
+        f"learning rate of {', '.join(f'{rate:g}' for rate in RATES)} (cma_es: size of a generation) at which it was first to",
+        "stay there on two other seeds. rows: evaluations of the network until then (reward_gradient makes each twice; its",
+        "backward pass is not counted), and per unit of gain. What the reward alone drives to may not be deployed: see below.",
         "",
     ]
 
 
 def learning(curves: Any, best: Any, goal: float, offsets: tuple[float, float]) -> list[str]:
     lines = [
-        "| offset | method | setting | rollouts | of mixed's | rows | rows per unit of gain | gain at the end |",
-        "|---|---|---|---|---|---|---|---|",
+        "| offset | method | setting | first | of mixed's | stays | of mixed's | rows | rows per gain | gain at the end |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for offset in offsets:
-        base = median(cost(curve, goal)[0] for curve in curves["mixed", offset])
-        for name in LEARNED:
-            each, changes = curves[name, offset], best[name, offset]
-            costs = list(zip(*(cost(curve, goal) for curve in each), strict=True))
+        costs = {name: [cost(curve, goal) for curve in curves[name, offset]] for name in LEARNED}
+        each = {name: {key: [c[key] for c in costs[name]] for key in costs[name][0]} for name in LEARNED}
+        for name, found in each.items():
+            changes, last = best[name, offset], [curve[-1][2] for curve in curves[name, offset]]
             setting = f"{changes['groups']} x {changes['tables']}" if name == "cma_es" else f"{changes['learning_rate']:g}"
-            last = [curve[-1][2] for curve in each]
-            cells = [f"{offset:.2f}", name, setting, spread(costs[0]), f"{median(costs[0]) / base:.2f}"]
-            cells += [spread(costs[1]), spread(costs[2]), f"{median(last):.3f} [{min(last):.3f}, {max(last):.3f}]"]
-            lines.append(f"| {' | '.join(cells)} |")
+            cells = [f"{offset:.2f}", name, setting]
+            for key in ("first", "stays"):
+                cells += [spread(found[key]), f"{median(found[key]) / median(each['mixed'][key]):.2f}"]
+            cells += [spread(found["rows"]), spread(found["rows per gain"])]
+            lines.append(f"| {' | '.join(cells)} | {median(last):.3f} [{min(last):.3f}, {max(last):.3f}] |")
     return [*lines, "", "![Gain against rollouts](rdpo.svg)", ""]
 
 
@@ -316,8 +333,8 @@ def deployment(runs: dict[str, Any]) -> list[str]:
     lines = [
         "## What may be deployed",
         "",
-        f"The pipeline's settings (16 prompts of 8 tables, {load_params().rdpo.iterations} iterations) and rule (the best",
-        "validation reward among tables whose Frechet distance and accuracy are no worse), without offset. Paired",
+        f"The pipeline's settings (16 prompts of 8 tables, {load_params().rdpo.iterations} iterations, all of them) and choice",
+        "(the best validation reward among tables whose Frechet distance and accuracy are no worse), without offset. Paired",
         f"differences to the distilled table on {TEST} test samples, ± half a 95 % interval; the distance's by {RESAMPLES}",
         "resamples. One line a seed.",
         "",
@@ -337,8 +354,8 @@ def draws(runs: dict[tuple[str, int, int], Any]) -> list[str]:
         "## Antithetic and quasi-random tables",
         "",
         "Cosine of one iteration's gradient with the mean gradient of 12,288 rollouts, at the policy's start, on shared",
-        "noise: mean of 120 iterations ± half a 95 % interval. Antithetic pairs or a scrambled Sobol sequence within a group",
-        "harm small groups, and help large ones little: tables are drawn independently.",
+        "noise: mean of 120 iterations ± half a 95 % interval. antithetic: pairs in a group; Sobol: a scrambled sequence in",
+        "each group.",
         "",
         "| prompts x tables | independent | antithetic | Sobol |",
         "|---|---|---|---|",
