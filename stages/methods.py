@@ -157,6 +157,7 @@ class RewardGradient(_Descent):
         mine = range(iteration * count, (iteration + 1) * count)[self.ranks.share(count)]
         means = {name: distribution.mean for name, distribution in self.policy.distributions().items()}
         leaves = {name: mean.detach().requires_grad_() for name, mean in means.items()}
+        gradients = [torch.zeros_like(leaf) for leaf in leaves.values()]
         total, rows = 0.0, 0
         for part in (mine[first : first + self.rollouts.batch_size] for first in range(0, len(mine), self.rollouts.batch_size)):
             start, wanted = noise(self.seed, "train", part, self.rollouts.backend.spec.shape), prompts(part)
@@ -165,12 +166,13 @@ class RewardGradient(_Descent):
                 rewards = self.rollouts.score(images, wanted)
                 if not rewards.requires_grad:
                     raise RolloutError("reward: has no gradient; valid: a differentiable reward, or rdpo.method rdpo or cma_es")
-                (-rewards.sum() / count).backward()
-                if not all(bool(leaf.grad.isfinite().all()) for leaf in leaves.values() if leaf.grad is not None):
+                # of the table alone: none of the network's weights
+                found = torch.autograd.grad(-rewards.sum() / count, list(leaves.values()), allow_unused=True)
+                if not all(bool(gradient.isfinite().all()) for gradient in found if gradient is not None):
                     raise RolloutError("reward: its gradient by the table is not finite; valid: finite numbers")
+            gradients = [g if f is None else g + f for g, f in zip(gradients, found, strict=True)]
             total += rewards.sum().item()
             rows += counter.rows
-        gradients = [leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for leaf in leaves.values()]
         sent = torch.cat([*(g.flatten() for g in gradients), torch.tensor([total / count, float(rows)]).double()])
         *parts, numbers = self.ranks.sum(sent).split([*(g.numel() for g in gradients), 2])
         inner = [(mean * part.view_as(mean)).sum() for mean, part in zip(means.values(), parts, strict=True)]

@@ -1,5 +1,6 @@
 import json
 import threading
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from backends import Gaussian
-from solvers import EPD, SOLVERS, Backbone, Multistep, Policy, Predictor, Spread, polynomial
+from solvers import EPD, SOLVERS, Backbone, Multistep, Policy, Predictor, Spread, flowmatch, logsnr, polynomial
 from solvers.policy import Drawable
 from stages.files import RolloutError
 from stages.methods import METHODS, advantages, surrogate
@@ -237,6 +238,39 @@ def test_a_failing_reward_stops_with_the_batch_saved(
         assert saved.get_tensor("start").numel() == 4 * (8 * 4 if method == "reward_gradient" else 4 * 8)
         assert "segments" in set(saved.keys())
         assert len(json.loads(saved.metadata()["values"])["prompts"]) == (32 if method == "reward_gradient" else 8)
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd3", "flux"])
+def test_text_to_image_models_encode_a_prompt_once_and_get_no_gradient(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with warnings.catch_warnings():  # of diffusers' own imports
+        warnings.simplefilter("ignore")
+        from tiny import TINY
+
+        from backends.flux import Flux
+        from backends.stable_diffusion import StableDiffusion
+        from backends.stable_diffusion_3 import StableDiffusion3
+    pipe: Any = TINY[family]()
+    backend: Any = {"sd15": StableDiffusion, "sd3": StableDiffusion3, "flux": Flux}[family](pipe, 16, 16)
+    encode, encoded = pipe.encode_prompt, list[str]()
+
+    def watched(prompts: list[str], *args: Any, **kwargs: Any) -> Any:
+        encoded.extend(prompts)
+        return encode(prompts, *args, **kwargs)
+
+    monkeypatch.setattr(pipe, "encode_prompt", watched)
+    guidance_scale = 1.0 if family == "flux" else 3.0
+    sigmas = logsnr(4, 0.03, 14.6) if family == "sd15" else flowmatch(4, 0.01, 1.0, 3.0)
+    table, model = EPD(4, 2, 0.0, 0.0).requires_grad_(False).table(), Backbone(family, None, "none")
+    rollouts = Rollouts(backend, nearer_half, Predictor(table, sigmas, False, model, guidance_scale, {}), 0, 64)
+    policy = Policy(table, Spread(50.0), 16, 1)
+    batch = rollouts.batch(policy, policy.draw(np.random.default_rng(0), 8), 0, 2, 4, "shared", slice(None))
+    assert batch.rewards.std() > 0
+    assert batch.rows == 2 * (4 * 9 - 3) * (1 if family == "flux" else 2)
+    assert sorted(encoded) == (["0", "1"] if family == "flux" else ["", "0", "1"])
+    method = METHODS["reward_gradient"](policy, rollouts, Ranks(), settings(groups=2, tables=2, method="reward_gradient"), 0)
+    assert method.step(1)["gradient_norm"] > 0
+    network = pipe.unet if family == "sd15" else pipe.transformer
+    assert all(parameter.grad is None for parameter in network.parameters())
 
 
 def mean_reward(rollouts: Rollouts, table: Drawable) -> Tensor:
