@@ -25,10 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from scipy.special import gammaincinv, ndtri
-from scipy.stats.qmc import Sobol
 from torch import Tensor
-from torch.distributions import Dirichlet
 from tqdm import tqdm
 
 from backends import Digits
@@ -37,6 +34,7 @@ from metrics.accuracy import Accuracy
 from metrics.frechet import JUDGE, Frechet, bootstrap_distances, distance, load_statistics, statistics
 from metrics.log_probability import LogProbability
 from solvers import Draw, Drawable, Policy, load_predictor
+from stages.draws import at_quantiles, drawn, numbers_of
 from stages.files import BACKBONE, DISTILLED, REFS, sha256, write_json
 from stages.methods import METHODS, Method, advantages
 from stages.noise import batches, noise, prompts
@@ -189,41 +187,22 @@ def deploy(name: str, changes: dict[str, Any], seed: int, offset: float) -> dict
     return found
 
 
-def by_inverse(policy: Policy, uniform: np.ndarray) -> Draw:
-    """Uniform numbers (B, D) -> tables, by the inverse distribution functions of what the policy draws."""
-    found, first = {}, 0
-    for name, distribution in policy.distributions().items():
-        shape = policy.parts[name].drawn().shape
-        u = uniform[:, first : first + shape.numel()].reshape(-1, *shape)
-        first += shape.numel()
-        if isinstance(distribution, Dirichlet):
-            gamma = torch.from_numpy(gammaincinv(distribution.concentration.detach().numpy(), u))
-            found[name] = gamma / gamma.sum(-1, keepdim=True)
-        else:
-            normal: Any = distribution.base_dist  # type: ignore[attr-defined]
-            found[name] = (normal.loc + normal.scale * torch.from_numpy(ndtri(u))).detach().exp()
-    return found
-
-
-def uniforms(how: str, groups: int, tables: int, dimensions: int, rng: np.random.Generator) -> np.ndarray:
-    """(k G, D), by j G + g."""
-    match how:
-        case "independent":
-            found = rng.random((tables, groups, dimensions))
-        case "antithetic":
-            half = rng.random((tables // 2, groups, dimensions))
-            found = np.concatenate([half, 1 - half])
-        case _:
-            found = np.stack([Sobol(dimensions, rng=rng).random(tables) for _ in range(groups)], 1)
-    return found.reshape(-1, dimensions).clip(1e-12, 1 - 1e-12)
+def draw_of(policy: Policy, how: str, groups: int, tables: int, rng: np.random.Generator) -> Draw:
+    """Of k tables for each of G groups, by j G + g."""
+    if how == "sobol":
+        return drawn(policy, "sobol", rng, groups, tables)
+    found = rng.random((tables, groups, numbers_of(policy)))
+    if how == "antithetic":
+        half = rng.random((tables // 2, groups, numbers_of(policy)))
+        found = np.concatenate([half, 1 - half])
+    return at_quantiles(policy, torch.from_numpy(found).flatten(0, 1))
 
 
 def gradient(how: str, groups: int, tables: int, i: int) -> Tensor:
     """Of the surrogate, at the policy's start, by the weights of its last layer."""
     method = method_of({"groups": groups, "tables": tables, "group": "shared"}, SEED, 0.0)
     policy = method.policy
-    dimensions = sum(part.drawn().numel() for part in policy.parts.values())
-    draw = by_inverse(policy, uniforms(how, groups, tables, dimensions, np.random.default_rng([SEED, i])))
+    draw = draw_of(policy, how, groups, tables, np.random.default_rng([SEED, i]))
     advantage = advantages(method.rewards(draw, i, "shared")[0], "shared").flatten()
     (found,) = torch.autograd.grad(-(advantage * policy.log_prob(draw)).mean(), [policy.head.weight])
     return found.flatten()
@@ -345,9 +324,8 @@ def deployment(runs: dict[str, Any]) -> list[str]:
         "",
         f"The pipeline's settings (16 prompts of 8 tables, {load_params().rdpo.iterations} iterations, all of them) and choice",
         "(the best validation reward among tables whose Frechet distance and accuracy are no worse). Offsets change nothing",
-        "but for mixed. Paired",
-        f"differences to the distilled table on {TEST} test samples, ± half a 95 % interval; the distance's by {RESAMPLES}",
-        "resamples. One line a seed.",
+        f"but for mixed. Paired differences to the distilled table on {TEST} test samples, ± half a 95 % interval; the",
+        f"distance's by {RESAMPLES} resamples. One line a seed.",
         "",
         "| method | iteration | reward | accuracy by the judge | FD | rows |",
         "|---|---|---|---|---|---|",

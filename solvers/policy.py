@@ -265,12 +265,16 @@ def _draw(rng: np.random.Generator, distribution: Distribution, count: int) -> T
     """That many independent draws, (count, N, n)."""
     match distribution:
         case Dirichlet(concentration=concentration):  # normalised gamma variates
-            gamma = torch.from_numpy(rng.standard_gamma(concentration.numpy(), (count, *concentration.shape)))
-            gamma = gamma.clamp_min(1e-300)  # small concentrations underflow, maybe all of them
-            shares = (gamma / gamma.sum(-1, keepdim=True)).clamp_min(SMALLEST_DRAWN)
-            return shares / shares.sum(-1, keepdim=True)
+            return shares(torch.from_numpy(rng.standard_gamma(concentration.numpy(), (count, *concentration.shape))))
         case LogNormal(loc=loc, scale=scale):
             return torch.from_numpy(rng.lognormal(loc.numpy(), scale.numpy(), (count, *loc.shape)))
         case Normal(loc=loc, scale=scale):
             return torch.from_numpy(rng.normal(loc.numpy(), scale.numpy(), (count, *loc.shape)))
     raise TypeError(f"distribution: {distribution}; valid: Dirichlet, LogNormal, Normal")
+
+
+def shares(gamma: Tensor) -> Tensor:
+    """Gamma variates (..., n) -> what they make of their sum, (..., n): a Dirichlet's draw."""
+    gamma = gamma.clamp_min(1e-300)  # those of small concentrations underflow, maybe all of them
+    found = (gamma / gamma.sum(-1, keepdim=True)).clamp_min(SMALLEST_DRAWN)
+    return found / found.sum(-1, keepdim=True)

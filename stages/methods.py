@@ -9,6 +9,7 @@ from torch import Tensor
 
 from solvers import Draw, Drawable, Policy
 from stages.checkpoint import adam_state, load_adam_state, under
+from stages.draws import drawn
 from stages.files import RolloutError
 from stages.noise import noise, prompts
 from stages.params import RDPO
@@ -115,7 +116,7 @@ class PolicyGradient(_Descent):
     def step(self, iteration: int) -> Numbers:
         settings = self.settings
         rollouts = settings.groups * settings.tables
-        draw = self.policy.draw(rng(self.seed, "rdpo", iteration), rollouts)
+        draw = drawn(self.policy, settings.draws, rng(self.seed, "rdpo", iteration), settings.groups, settings.tables)
         rewards, rows = self.rewards(draw, iteration, settings.group)
         advantage = advantages(rewards, settings.group).flatten()
         with torch.no_grad():

@@ -175,6 +175,7 @@ Std = Annotated[float, Field(ge=0, le=1)]
 class RDPO(Section):
     method: Literal["rdpo", "reward_gradient", "cma_es"]
     group: Literal["shared", "prompt", "mixed"]
+    draws: Literal["independent", "sobol"]
     groups: Count
     tables: Annotated[int, Field(ge=2)]
     batch_size: Count

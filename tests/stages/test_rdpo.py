@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from scipy import stats
 from torch import Tensor
+from torch.distributions import Dirichlet, LogNormal
 
 from backends import Gaussian
 from solvers import EPD, SOLVERS, Backbone, Multistep, Policy, Predictor, Spread, flowmatch, logsnr, polynomial
 from solvers.policy import Drawable
+from stages.draws import at_quantiles, drawn, numbers_of
 from stages.files import RolloutError
 from stages.methods import METHODS, advantages, surrogate
 from stages.params import RDPO
@@ -284,6 +287,7 @@ def mean_reward(rollouts: Rollouts, table: Drawable) -> Tensor:
     [
         {"group": "shared"},
         {"group": "prompt"},
+        {"draws": "sobol"},
         {"group": "mixed"},
         {"epochs": 2, "minibatch": 16, "learning_rate": 1e-3},
         {"kl": 1e-3, "entropy": 1e-3},
@@ -383,7 +387,9 @@ def test_a_reward_without_gradient_is_told(mixture: Gaussian, tmp_path: Path, mo
 
 
 @pytest.mark.parametrize(
-    "chosen", [{}, {"epochs": 2, "minibatch": 16}, {"method": "reward_gradient"}, {"method": "cma_es"}], ids=str
+    "chosen",
+    [{}, {"draws": "sobol"}, {"epochs": 2, "minibatch": 16}, {"method": "reward_gradient"}, {"method": "cma_es"}],
+    ids=str,
 )
 def test_a_restored_method_goes_on_to_the_same_bits(chosen: dict[str, Any], mixture: Gaussian) -> None:
     rollouts, params = rollouts_of(mixture), settings(**chosen)
@@ -420,6 +426,41 @@ def test_the_published_configurations_are_what_was_published() -> None:
         params = RDPO.model_validate(found)
         assert published.items() <= params.model_dump().items()
         assert (params.concentration, params.groups * params.tables) == (concentration, batch)
+
+
+@pytest.mark.parametrize("family", ["epd", "parallel_multistep"])
+def test_quantiles_are_scipys(family: str) -> None:
+    table, _ = table_of(family)
+    policy = Policy(table, Spread(50.0, 0.05, 0.03, 0.02, 0.04), 8, 1)
+    uniform = torch.rand(5, numbers_of(policy), generator=torch.Generator().manual_seed(0)).double()
+    found, first = at_quantiles(policy, uniform), 0
+    for name, distribution in policy.distributions().items():
+        used = policy.parts[name].drawn()
+        u = uniform[:, first : first + used.numel()].reshape(5, *used.shape).numpy()
+        first += used.numel()
+        if isinstance(distribution, Dirichlet):
+            gamma = stats.gamma.ppf(u, distribution.concentration.detach().numpy())
+            expected = gamma / gamma.sum(-1, keepdims=True)
+        else:
+            inner: Any = distribution.base_dist if isinstance(distribution, LogNormal) else distribution
+            expected = stats.norm.ppf(u, inner.loc.detach().numpy(), inner.scale.detach().numpy())
+            expected = np.exp(expected) if isinstance(distribution, LogNormal) else expected
+        assert np.allclose(found[name].numpy(), expected, rtol=1e-8), name
+
+
+@pytest.mark.parametrize("tables", [5, 8])
+def test_a_groups_tables_are_spread_evenly(tables: int) -> None:
+    """Their means over a group scatter less than those of independent ones, around the same mean."""
+    table, _ = table_of("epd")
+    policy = Policy(table, Spread(50.0, 0.05), 8, 1)  # type: ignore[arg-type]
+    scatter = {}
+    for spacing in ("sobol", "independent"):
+        draw = drawn(policy, spacing, np.random.default_rng(0), 400, tables)
+        means = policy.table(draw).position.unflatten(0, (tables, 400)).mean(0)  # type: ignore[union-attr]
+        expected = policy.mean().position.detach()  # type: ignore[union-attr]
+        assert torch.allclose(means.mean(0), expected, atol=5 * float(means.std(0).max()) / 20)
+        scatter[spacing] = means.std(0)
+    assert bool((scatter["sobol"] < 0.8 * scatter["independent"]).all())
 
 
 def test_every_draw_depends_on_seed_and_iteration_alone() -> None:
