@@ -364,16 +364,16 @@ def picture(curves: Any, offsets: tuple[float, float], goal: float) -> None:
     for ax, offset in zip(axes, offsets, strict=True):
         for name in LEARNED:
             each = curves[name, offset]
-            rollouts, gains = [p[0] for p in each[0]], np.array([[p[2] for p in curve] for curve in each])
-            (line,) = ax.plot(rollouts, np.median(gains, 0), label=name)
+            rollouts, gains = [p[0] for p in each[0][1:]], np.array([[p[2] for p in curve[1:]] for curve in each])
+            (line,) = ax.plot(rollouts, np.median(gains, 0), marker=".", markersize=3, label=name)
             ax.fill_between(rollouts, gains.min(0), gains.max(0), color=line.get_color(), alpha=0.15)
         ax.axhline(goal, color="grey", linestyle=":")
-        ax.set_xscale("symlog", linthresh=8)
+        ax.set_xscale("log")
         ax.set_ylim(-0.15, 0.14)
         ax.set_title("no offset" if not offset else f"offset of each prompt: standard deviation {offset:.2f}")
         ax.set_xlabel("rollouts")
     axes[0].set_ylabel("paired gain on validation noise")
-    axes[1].legend(loc="lower left")
+    axes[0].legend(loc="lower right")
     figure.savefig("bench/rdpo.svg", metadata={"Date": None})
 
 
