@@ -248,7 +248,7 @@ def test_the_stages_run_with_every_family(family: str, finished: Path, workspace
     assert predictor.provenance["parameters"]["family"] == family
     if family == "amed":
         assert isinstance(predictor.table, nn.Module)
-        with pytest.raises(InputError, match="family amed; valid: epd or multistep"):
+        with pytest.raises(InputError, match="family amed; valid: another distill"):
             run("rdpo", [])
     else:
         run("rdpo", [])

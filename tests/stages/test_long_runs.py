@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +62,32 @@ def log(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line, parse_constant=refuse) for line in lines]
 
 
-def start_stage(*launcher: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, *launcher, "-m", "stages.rdpo"]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
+@pytest.fixture
+def start_stage() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts the stage in a process of its own, which does not outlive the test."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*launcher: str) -> subprocess.Popen[str]:
+        command = [sys.executable, *launcher, "-m", "stages.rdpo"]
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+        started.append(
+            subprocess.Popen(
+                command,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=environment,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # whatever started the tests
+            )
+        )
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+        assert process.stderr is not None
+        process.stderr.close()
 
 
 def wait_for_iteration(folder: Path, iteration: int) -> None:
@@ -78,11 +100,11 @@ def wait_for_iteration(folder: Path, iteration: int) -> None:
     raise AssertionError("no such iteration came")
 
 
-LONG = {"iterations": 80, "checkpoint_every": 3, "validate_every": 20, "patience": None}
+LONG = {"iterations": 80, "checkpoint_every": 3, "validate_every": 20, "patience": None, "kl_limit": None}
 
 
 @pytest.mark.parametrize("method", ["rdpo", "cma_es"])
-def test_kill_9_at_any_iteration_and_again_gives_the_same_bytes(method: str, prepared: Start) -> None:
+def test_kill_9_at_any_iteration_and_again_gives_the_same_bytes(method: str, prepared: Start, start_stage: Any) -> None:
     folder = prepared(LONG | {"method": method})
     run("rdpo", [])
     expected, entries = deployed(folder), log(folder)
@@ -108,7 +130,7 @@ def test_kill_9_at_any_iteration_and_again_gives_the_same_bytes(method: str, pre
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_loses_at_most_one_iteration(signum: signal.Signals, prepared: Start) -> None:
+def test_a_signal_loses_at_most_one_iteration(signum: signal.Signals, prepared: Start, start_stage: Any) -> None:
     folder = prepared(LONG | {"iterations": 400, "checkpoint_every": 1000, "checkpoint_minutes": 60.0, "validate_every": 100})
     process = start_stage()
     wait_for_iteration(folder, 5)
@@ -137,7 +159,7 @@ def saved(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("method", ["rdpo", "reward_gradient", "cma_es"])
-def test_two_ranks_come_to_the_table_of_one(method: str, prepared: Start) -> None:
+def test_two_ranks_come_to_the_table_of_one(method: str, prepared: Start, start_stage: Any) -> None:
     folder = prepared({"method": method})
     run("rdpo", [])
     alone, curve = load_predictor(folder / "models/rdpo"), (folder / "results/rdpo.csv").read_text()
