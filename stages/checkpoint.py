@@ -40,12 +40,16 @@ class Checkpoint:
         """The tensors and the values saved last, or None where there is nothing to go on from.
 
         Raises:
-            CheckpointError: they are of other work, with what differs.
+            CheckpointError: they are damaged, or of other work, with what differs.
         """
         try:
             tensors, saved = read_tensors(self.path)
-        except (FileNotFoundError, SafetensorError):
+        except FileNotFoundError:
             return None
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"{self.path}: damaged ({error}); valid: a whole one, or no such file, to start anew"
+            ) from error
         made_by = saved.get("identity", {})
         names = sorted(self.identity.keys() | made_by.keys(), key=lambda name: ("/" in name, name))  # parameters first
         pairs = [(name, _shown(name, made_by), _shown(name, self.identity)) for name in names]

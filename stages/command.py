@@ -45,7 +45,9 @@ def command(stage: Callable[..., None], has_ranks: bool = False) -> None:
             params = load_params()
             if not set(given.values()) <= set(params.samplers):  # the one argument that a stage may have
                 raise ParamsError(f"samplers: found no {name.split('@', 1)[1]!r}; valid: {', '.join(params.samplers)}")
-            signal.signal(signal.SIGTERM, _terminate)
+            signal.signal(signal.SIGTERM, _stop)
+            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is to be ignored
+                signal.signal(signal.SIGINT, _stop)
             if SIZE > 1 and not has_ranks:
                 raise StageError("runs as one process; valid: python -m, without torchrun")
             with _alone(name) if RANK == 0 else nullcontext():
@@ -70,9 +72,10 @@ def command(stage: Callable[..., None], has_ranks: bool = False) -> None:
     typer.run(main)
 
 
-def _terminate(signum: int, frame: object) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it twice: the second must not end what the first began
-    raise Terminated
+def _stop(signum: int, frame: object) -> None:
+    # torchrun sends it twice, and so do hands: the second must not end what the first began
+    signal.signal(signum, signal.SIG_IGN)
+    raise Terminated if signum == signal.SIGTERM else KeyboardInterrupt
 
 
 def progress(items: Sequence[T], description: str, unit: str, done: int = 0) -> "tqdm[T]":

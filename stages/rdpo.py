@@ -99,6 +99,7 @@ class Progress:
         best: its table.
         done: iterations.
         rows: of the network, spent on rollouts.
+        kl: KL(policy || policy at the start).
         stopped: why the run ended, where it did before its last iteration.
     """
 
@@ -107,6 +108,7 @@ class Progress:
     best: Drawable
     done: int = 0
     rows: float = 0.0
+    kl: float = 0.0
     stopped: str = ""
 
 
@@ -179,15 +181,15 @@ class Training:
         entry = {"iteration": iteration, **found, "kl": kl, "seconds": seconds}
         entry["images_per_second"] = settings.groups * settings.tables / seconds
         entry["memory_mb"] = psutil.Process().memory_info().rss / 2**20
-        now = replace(self.now, done=iteration, rows=self.now.rows + found["rows"])
+        now = replace(self.now, done=iteration, rows=self.now.rows + found["rows"], kl=kl)
         alarms = list[str]()
+        if settings.kl_alarm is not None and kl > settings.kl_alarm >= self.now.kl:
+            alarms.append(f"kl {kl:.4g}, above {settings.kl_alarm:g}")
         if settings.kl_limit is not None and kl > settings.kl_limit:
             now = replace(now, stopped=f"kl {kl:.4g} is above the limit, {settings.kl_limit:g}")
         if now.stopped or iteration % settings.validate_every == 0 or iteration == settings.iterations:
             now = self._validated(now, kl)
-            alarms = self.validation.alarms(now.curve[-1])
-            if settings.kl_alarm is not None and kl > settings.kl_alarm:
-                alarms.append(f"kl {kl:.4g}, above {settings.kl_alarm:g}")
+            alarms += self.validation.alarms(now.curve[-1])
             entry |= {f"validation_{name}": value for name, value in now.curve[-1].items() if name != "iteration"}
         self.now = now
         return {**entry, "alarms": alarms, "stopped": now.stopped}, [*alarms, *filter(None, [now.stopped])]

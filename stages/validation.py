@@ -18,6 +18,9 @@ from stages.statistics import half_interval
 MOVED = 0.1
 """Share of its start by which a watched quantity may move before it is told."""
 
+ROUNDING = 1e-7
+"""Rewards whose standard deviation is below this share of the largest are one number, as single precision has it."""
+
 Point = dict[str, float]
 
 
@@ -62,16 +65,8 @@ class Validation:
         self.rows = 0.0
 
     def begin(self, table: Drawable) -> Point:
-        """The point of the table that others will be compared with.
-
-        Raises:
-            RolloutError: a score is not what it has to be, or all rewards are the same.
-        """
+        """The point of the table that others will be compared with."""
         self.start, self.start_distance = self._scores(table, 0)
-        reward = self.start["reward"]
-        if bool((reward == reward[0]).all()):
-            found = f"{reward[0].item()} for all {self.samples} validation images"
-            raise RolloutError(f"reward: {found}; valid: one that tells images apart")
         return self._point(0, self.start, self.start_distance, 0.0)
 
     def point(self, iteration: int, table: Drawable, kl: float) -> Point:
@@ -130,7 +125,21 @@ class Validation:
             rows += counter.rows
         every = {name: self.ranks.gather(torch.cat([part[name] for part in parts]), self.samples) for name in parts[0]}
         self.rows += self.ranks.sum(torch.tensor(float(rows), dtype=torch.float64)).item()
-        found = distance(statistics(every.pop("features")), self.watch.refs)
-        if not math.isfinite(found):
-            raise RolloutError(f"frechet_distance: {found} at iteration {iteration}; valid: a finite number")
+        features = every.pop("features")
+        with kept(f"rdpo-{iteration}-validation", {**every, **tensors_of(table)}, prompts(range(self.samples))):
+            check_spread(every)
+            found = distance(statistics(features), self.watch.refs)
+            if not math.isfinite(found):
+                raise RolloutError(f"frechet_distance: {found} at iteration {iteration}; valid: a finite number")
         return every, found
+
+
+def check_spread(scores: dict[str, Tensor]) -> None:
+    """Raise RolloutError where scores are too large to be compared, or all rewards are the same but for rounding."""
+    for name, values in scores.items():
+        if not math.isfinite(values.std().item()):
+            raise RolloutError(f"{name}: up to {values.abs().max().item():.3g}; valid: numbers that can be squared")
+    reward = scores["reward"]
+    if reward.std() <= ROUNDING * reward.abs().max():
+        found = f"{reward[0].item():.6g} for all {len(reward)} validation images"
+        raise RolloutError(f"reward: {found}; valid: one that tells images apart")

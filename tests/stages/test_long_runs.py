@@ -135,8 +135,7 @@ def test_a_signal_loses_at_most_one_iteration(signum: signal.Signals, prepared: 
     process = start_stage()
     wait_for_iteration(folder, 5)
     process.send_signal(signum)
-    if signum == signal.SIGTERM:  # as torchrun does
-        process.send_signal(signum)
+    process.send_signal(signum)  # as torchrun does, and impatient hands
     _, errors = process.communicate(timeout=60)
     word, status = {signal.SIGTERM: ("terminated", 143), signal.SIGINT: ("interrupted", 130)}[signum]
     assert process.returncode == status, errors
@@ -277,6 +276,40 @@ def test_brightness_that_moves_is_told(prepared: Start, monkeypatch: pytest.Monk
     assert len(found) >= 2
 
 
+@pytest.mark.parametrize(
+    ("late", "message"),
+    [
+        (
+            lambda r: torch.full_like(r, 0.25),
+            r"reward: 0.25 for all 100 validation images; valid: one that .*see data/fai",
+        ),
+        (lambda r: 0.25 + 1e-9 * r, r"reward: 0.25 for all 100 validation images"),
+        (lambda r: 1e300 * r, r"reward: up to .*e\+300; valid: numbers that can be squared; see data/failed"),
+    ],
+)
+def test_a_reward_that_stops_telling_images_apart_is_told(
+    late: Any, message: str, prepared: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the second validation, as of a server that falls back to a default."""
+    from metrics.log_probability import LogProbability
+    from stages import rdpo as module
+
+    class Failing(LogProbability):
+        calls = 0
+
+        def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+            Failing.calls += len(images) == 100
+            found = super().__call__(images, prompts)
+            return late(found) if Failing.calls == 2 and len(images) == 100 else found
+
+    monkeypatch.setattr(module, "LogProbability", Failing)
+    folder = prepared({})
+    with pytest.raises(RolloutError, match=message):
+        run("rdpo", [])
+    assert saved(folder)["done"] == 1
+    assert (folder / "data/failed/rdpo-2-validation-rank0.safetensors").exists()
+
+
 @pytest.mark.parametrize("which", ["accuracy", "brightness", "network", "distance"])
 def test_what_is_not_finite_in_a_validation_is_told(which: str, prepared: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the second one: nothing that cannot be compared is ever deployed."""
@@ -314,7 +347,7 @@ def test_what_is_not_finite_in_a_validation_is_told(which: str, prepared: Start,
         run("rdpo", [])
     assert saved(folder)["done"] == 1
     assert not (folder / "models/rdpo").exists()
-    assert which == "distance" or (folder / "data/failed/rdpo-2-validation-rank0.safetensors").exists()
+    assert (folder / "data/failed/rdpo-2-validation-rank0.safetensors").exists()
 
 
 def test_a_distance_that_rises_is_told(prepared: Start) -> None:
@@ -360,7 +393,7 @@ def test_a_stage_that_has_no_ranks_is_not_run_by_torchrun(prepared: Start) -> No
     [
         (
             lambda images, prompts: torch.full((len(images),), -1.0),
-            r"reward: -1.0 for all 100 validation images; valid: one that",
+            r"reward: -1 for all 100 validation images; valid: one that",
         ),
         (lambda images, prompts: torch.full((len(images),), float("nan")), r"reward: not finite for 100 of 100 images"),
         (lambda images, prompts: torch.zeros(len(images), 2), r"reward: shape \(100, 2\); valid: \(100,\)"),

@@ -178,6 +178,9 @@ def test_a_checkpoint_of_other_work_is_refused_with_what_differs(upstream: Path)
     with pytest.raises(CheckpointError, match=r"models/distilled/predictor.json was [0-9a-f]{12}, is [0-9a-f]{12}; valid"):
         Checkpoint("rdpo", {"seed": 0, "rdpo": params.rdpo}, inputs, {"batch_size"}).load()
     mine.path.write_bytes(mine.path.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match=r"data/checkpoints/rdpo.safetensors: damaged \(.*; valid: a whole one, or no"):
+        mine.load()
+    mine.remove()
     assert mine.load() is None
 
 

@@ -19,7 +19,7 @@ from solvers.policy import Drawable
 from stages.draws import at_quantiles, drawn, numbers_of
 from stages.files import RolloutError
 from stages.methods import METHODS, advantages, surrogate
-from stages.params import RDPO
+from stages.params import RDPO, Params
 from stages.ranks import Ranks
 from stages.rollouts import Grouping, Rollouts
 from stages.training import rng
@@ -422,8 +422,10 @@ def test_the_published_configurations_are_what_was_published() -> None:
     of_backbones = {"published": (10.0, 8), "published_sd15": (20.0, 8), "published_sd3_512": (10.0, 16)}
     for name, (concentration, batch) in of_backbones.items():
         with initialize_config_dir(str(Path(__file__).parents[2] / "conf"), version_base=None):
-            found = OmegaConf.to_container(compose("config", overrides=[f"rdpo={name}"]).rdpo)
-        params = RDPO.model_validate(found)
+            found = OmegaConf.to_container(compose("config", overrides=[f"rdpo={name}"]), resolve=True)
+        whole = Params.model_validate(found)
+        params = whole.rdpo
+        assert not whole.afs
         assert published.items() <= params.model_dump().items()
         assert (params.concentration, params.groups * params.tables) == (concentration, batch)
 
