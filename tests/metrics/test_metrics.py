@@ -73,3 +73,19 @@ def test_bootstrap_is_paired() -> None:
     assert bootstrap_distances(features, features, 5) == pytest.approx(np.zeros(5), abs=1e-9)
     shifted = bootstrap_distances(features + 1e-3, other, 50) - bootstrap_distances(features, other, 50)
     assert shifted.std() < 0.01 * bootstrap_distances(features, other, 50).std() + 1e-3
+
+
+def test_brightness_and_saturation_are_hsvs() -> None:
+    import colorsys
+
+    from metrics.colour import brightness, saturation
+
+    images = torch.rand(3, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+    images[0, :, 0, 0] = 0.0  # black
+    for i, image in enumerate(images):
+        pixels = [colorsys.rgb_to_hsv(*pixel) for pixel in image.flatten(1).T.double().tolist()]
+        assert brightness(images, [""] * 3)[i].item() == pytest.approx(sum(p[2] for p in pixels) / 20)
+        assert saturation(images, [""] * 3)[i].item() == pytest.approx(sum(p[1] for p in pixels) / 20)
+    grey = images[:, :1]
+    assert bool((saturation(grey, [""] * 3) == 0).all())
+    assert torch.allclose(brightness(grey, [""] * 3), grey.double().mean((1, 2, 3)))
