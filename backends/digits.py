@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, silu
 
 from backends.backend import Spec
-from solvers import Backbone, FeatureDenoiser
+from solvers import Backbone, Conditioned
 
 CLASSES = 10
 UNCONDITIONAL = CLASSES
@@ -57,7 +57,7 @@ class Digits:
         weights = {name: value.contiguous() for name, value in self.network.state_dict().items()}
         file.write_bytes(save(weights, {"unet": json.dumps(shape)}))  # one entry: the format orders several at random
 
-    def denoiser(self, prompts: Sequence[str]) -> FeatureDenoiser:
+    def denoiser(self, prompts: Sequence[str]) -> "_Denoiser":
         return _Denoiser(self.network, labels_of(prompts))
 
     @staticmethod
@@ -71,19 +71,20 @@ class Digits:
         return 2 * images - 1
 
 
-class _Denoiser:
+class _Denoiser(Conditioned):
     """The network for given labels, (B,)."""
 
     def __init__(self, network: "UNet", labels: Tensor) -> None:
+        super().__init__(lambda x, sigma, rows: self._padded(x, sigma, labels[rows])[0], len(labels))
         self.network = network
         self.labels = labels
 
-    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
-        return self.with_feature(x, sigma)[0]
-
     def with_feature(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        return self._padded(x, sigma, self.labels[torch.arange(len(x)) % len(self.labels)])
+
+    def _padded(self, x: Tensor, sigma: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         rows = torch.arange(len(x) + -len(x) % ROWS).clamp_max(len(x) - 1)  # the last row again, up to a full call
-        parts = (x[rows], sigma[rows], self.labels[rows % len(self.labels)])
+        parts = (x[rows], sigma[rows], labels[rows])
         chunks = zip(*(part.split(ROWS) for part in parts), strict=True)
         denoised, features = zip(*(self.network.with_feature(*chunk) for chunk in chunks), strict=True)
         return torch.cat(denoised)[: len(x)], torch.cat(features)[: len(x)].detach()

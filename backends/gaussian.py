@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from backends.backend import Spec
-from solvers import Denoiser
+from solvers import Conditioned
 
 
 class Gaussian:
@@ -26,8 +26,8 @@ class Gaussian:
         self.weights = weights
         self.spec = Spec(shape=tuple(means.shape[1:]), sigma_min=0.002, sigma_max=80.0)
 
-    def denoiser(self, prompts: Sequence[str]) -> Denoiser:
-        return self._denoise
+    def denoiser(self, prompts: Sequence[str]) -> Conditioned:
+        return Conditioned(lambda x, sigma, _: self._denoise(x, sigma), len(prompts))
 
     def decode(self, x: Tensor) -> Tensor:
         return ((x + 1) / 2).clamp(0, 1)

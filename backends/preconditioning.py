@@ -8,7 +8,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from solvers import Predictor, discrete_time
+from solvers import Predictor, discrete_time, dynamic_shift
 from solvers.predictor import Difference
 
 TRAINING = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
@@ -113,3 +113,21 @@ class Preconditioning:
     def noised(self, x0: Tensor, noise: Tensor, sigma: float | Tensor) -> Tensor:
         """The state at a noise level of data x0, (B, ...)."""
         return (1 - sigma) * x0 + sigma * noise if self.is_flow else x0 + sigma * noise
+
+
+def flow_grid(config: Mapping[str, Any], tokens: int) -> tuple[float, float]:
+    """A flow model's time shift, for images of that many tokens, and the lowest noise level of its grids.
+
+    As diffusers' FlowMatchEulerDiscreteScheduler has them: the lowest training time is shifted once when the scheduler is made,
+    where the shift is static, and again with the grid.
+    """
+    lowest = 1 / config["num_train_timesteps"]
+    if config.get("use_dynamic_shifting"):
+        shift = dynamic_shift(tokens)
+        return shift, shifted(lowest, shift)
+    return config["shift"], shifted(shifted(lowest, config["shift"]), config["shift"])
+
+
+def shifted(time: float, shift: float) -> float:
+    """The noise level at a time from 0 to 1 (Esser et al. 2024, equation 23)."""
+    return shift * time / (1 + (shift - 1) * time)

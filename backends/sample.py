@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from diffusers import DiffusionPipeline, FluxPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
 
 from backends.backend import counted_denoiser
 from backends.flux import Flux, packed
-from backends.latents import check_backbone
+from backends.pipeline import PipelineBackend, check_backbone
 from backends.stable_diffusion import StableDiffusion
 from backends.stable_diffusion_3 import StableDiffusion3
 from solvers import Predictor, integrate, load_predictor
@@ -31,6 +32,7 @@ def sample(
     width: int | None = None,
     output_type: str = "pil",
     allow: Collection[Difference] = (),
+    group: dist.ProcessGroup | None = None,
 ) -> Any:
     """Images of prompts by a predictor, with the points of each step as one batch: `serial_evaluations` calls of the network.
 
@@ -48,6 +50,8 @@ def sample(
         height, width: in pixels; None: the model's own.
         output_type: "pil", a list; "np", (B, H, W, C); "pt", (B, C, H, W), in [0, 1]; "latent", as the pipeline's.
         allow: what may differ from what the predictor was made for: "backbone", "guidance_scale", "sigmas".
+        group: of torch.distributed, among whose processes the rows of each call are spread; all of them call this, with the
+            same arguments and generators, and get the same images.
 
     Raises:
         TypeError: the pipeline is none of these.
@@ -57,20 +61,19 @@ def sample(
         raise ValueError(f"output_type: {output_type!r}; valid: pil, np, pt, latent")
     found = predictor if isinstance(predictor, Predictor) else load_predictor(predictor)
     scale = found.guidance_scale if guidance_scale is None else guidance_scale
-    backend, rows_scale = backend_of(pipe, height, width, scale)
+    backend = backend_of(pipe, height, width, scale)
     check_backbone(found, pipe, allow)
     found.used_for(guidance_scale=scale, allow=allow)
     backend.preconditioning.check(found, allow)
     prompts, negative = batch(prompt, negative_prompt, num_images_per_prompt)
-    if negative is not None and isinstance(backend, Flux):
-        raise ValueError(f"negative_prompt: {negative_prompt!r}; valid: none, FLUX has its guidance embedded")
     each = generator if generator is None or isinstance(generator, torch.Generator) else list(generator)
     if isinstance(each, list) and len(each) != len(prompts):
         raise ValueError(f"generator: {len(each)} of them; valid: one, or one for each of the {len(prompts)} images")
     device = pipe._execution_device
     noise = randn_tensor((len(prompts), *backend.spec.shape), each, device, pipe.dtype)
-    start = found.sigmas[0] * noise.to(torch.float64 if device.type == "cpu" else torch.float32)
-    denoise, _ = counted_denoiser(backend, prompts, rows_scale, negative)
+    rows_scale = scale if backend.spec.guidance is not None else max(scale, 1.0)  # below 1 there is none, as in pipelines
+    denoise, _ = counted_denoiser(backend, prompts, rows_scale, negative, group)
+    start = found.sigmas[0] * backend.spec.state(noise)
     x = integrate(denoise, found, start, found.sigmas)
     latents = packed(x) if isinstance(backend, Flux) else x
     images = latents.to(pipe.dtype) if output_type == "latent" else backend.decode(x)
@@ -81,20 +84,17 @@ def sample(
     return pipe.image_processor.numpy_to_pil(arrays) if output_type == "pil" else arrays  # type: ignore[attr-defined]
 
 
-Pipelines = StableDiffusion | StableDiffusion3 | Flux
-
-
 def backend_of(
-    pipe: DiffusionPipeline, height: int | None, width: int | None, guidance_scale: float
-) -> tuple[Pipelines, float]:
-    """The frozen model of a pipeline, and the scale of the guidance that is to be made in two rows; below 1 there is none."""
+    pipe: DiffusionPipeline, height: int | None = None, width: int | None = None, guidance_scale: float = 1.0
+) -> PipelineBackend:
+    """The frozen model of a pipeline, for images of that size; FLUX is shown the guidance scale."""
     match pipe:
         case StableDiffusionPipeline():
-            return StableDiffusion(pipe, height, width), max(guidance_scale, 1.0)
+            return StableDiffusion(pipe, height, width)
         case StableDiffusion3Pipeline():
-            return StableDiffusion3(pipe, height, width), max(guidance_scale, 1.0)
+            return StableDiffusion3(pipe, height, width)
         case FluxPipeline():
-            return Flux(pipe, height, width, guidance_scale), 1.0
+            return Flux(pipe, height, width, guidance_scale)
     valid = "StableDiffusionPipeline, StableDiffusion3Pipeline, FluxPipeline"
     raise TypeError(f"pipe: {type(pipe).__name__}; valid: {valid}")
 

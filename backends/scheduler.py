@@ -14,7 +14,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from huggingface_hub import create_repo, hf_hub_download
 from torch import Tensor
 
-from backends.latents import check_backbone
+from backends.pipeline import check_backbone
 from backends.preconditioning import TRAINING, Preconditioning
 from solvers import AMED, Predictor, StepTable, load_predictor, save_predictor
 from solvers.integrate import Outputs, advance, evaluation_state, next_state, output_of, put_analytic

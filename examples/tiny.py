@@ -203,3 +203,12 @@ def t5_tokenizer() -> T5TokenizerFast:
     return T5TokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="</s>", extra_ids=0, model_max_length=LENGTH
     )
+
+
+if __name__ == "__main__":  # python examples/tiny.py: what conf/backbone/tiny_*.yaml read
+    from tiny_clip import saved_clip
+
+    for name, make in TINY.items():
+        saved(make(), Path("data/tiny", name))
+    for seed, name in enumerate(("clip_score", "pick_score")):
+        saved_clip(Path("data/tiny", name), seed)

@@ -56,17 +56,19 @@ class Frechet:
     Args:
         extractor: its name with torch-fidelity.
         weights: its weights' file.
+        cuda: whether it runs on the current CUDA device.
     """
 
-    def __init__(self, extractor: str, weights: Path) -> None:
+    def __init__(self, extractor: str, weights: Path, cuda: bool = False) -> None:
+        self.cuda = cuda
         self.extractor = create_feature_extractor(
-            extractor, ["hidden"], cuda=False, feature_extractor_weights_path=str(weights), verbose=False
+            extractor, ["hidden"], cuda=cuda, feature_extractor_weights_path=str(weights), verbose=False
         )
 
     def features(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) in [0, 1], rounded to 8 bits as files would hold them -> features (B, F), float64."""
         found = extract_featuresdict_from_input_id(
-            1, self.extractor, input1=_Images(images), batch_size=512, cuda=False, save_cpu_ram=True, verbose=False
+            1, self.extractor, input1=_Images(images), batch_size=512, cuda=self.cuda, save_cpu_ram=True, verbose=False
         )
         return found["hidden"]
 
@@ -109,7 +111,7 @@ def resampled(n: int, resamples: int) -> Iterator[Tensor]:
 
 class _Images(Dataset[Tensor]):
     def __init__(self, images: Tensor) -> None:
-        self.images = (images * 255).round().to(torch.uint8)
+        self.images = (images.cpu() * 255).round().to(torch.uint8)
 
     def __len__(self) -> int:
         return len(self.images)

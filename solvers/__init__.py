@@ -17,7 +17,7 @@ from solvers.classical import (
     unipc,
 )
 from solvers.d_ode import fit_d_ode
-from solvers.denoiser import Checkpointed, Counter, Deduplicated, Denoiser, FeatureDenoiser, Guided
+from solvers.denoiser import Checkpointed, Conditioned, Counter, Deduplicated, Denoiser, FeatureDenoiser, Guided, Sharded
 from solvers.epd import EPD, EPDTable
 from solvers.integrate import Noise, advance, integrate, trajectory
 from solvers.multistep import Multistep, MultistepTable
@@ -43,6 +43,7 @@ __all__ = [
     "SOLVERS",
     "Backbone",
     "Checkpointed",
+    "Conditioned",
     "Counter",
     "Deduplicated",
     "Denoiser",
@@ -59,6 +60,7 @@ __all__ = [
     "ParallelStatistics",
     "Policy",
     "Predictor",
+    "Sharded",
     "Solver",
     "Spread",
     "StepTable",

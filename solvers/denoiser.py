@@ -1,9 +1,11 @@
 """What the solvers call, and wrappers around it."""
 
 import math
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -23,6 +25,59 @@ class FeatureDenoiser(Denoiser, Protocol):
     def with_feature(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """As a call, with the U-Net's bottleneck averaged over its channels, (M*B, F), without gradient."""
         ...
+
+
+class Conditioned:
+    """A denoiser that can also evaluate rows in another order than its conditions are in, or some of them.
+
+    Args:
+        evaluate: maps x (R, ...), sigma (R,) and the rows' conditions (R,), each from 0 to B - 1, to D (R, ...).
+        conditions: B.
+    """
+
+    def __init__(self, evaluate: Callable[[Tensor, Tensor, Tensor], Tensor], conditions: int) -> None:
+        self.evaluate = evaluate
+        self.conditions = conditions
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+        return self.rows(x, sigma, slice(0, len(x)))
+
+    def rows(self, x: Tensor, sigma: Tensor, which: slice) -> Tensor:
+        """D of some rows of a call, in its order: the slice of x (M*B, ...) and sigma (M*B,)."""
+        rows = torch.arange(len(x), device=x.device)[which]
+        return self.evaluate(x[which], sigma[which], rows % max(self.conditions, 1))
+
+
+class Sharded:
+    """Spreads the rows of each call (points of a step, windows, halves of guidance) over the processes of a group.
+
+    Every process of the group makes the same calls and gets all their rows; each evaluates as many as the others, but for one.
+    Without gradient.
+
+    Args:
+        denoise: the same in all of them, each with its own copy of the network.
+        group: of torch.distributed, whose backend moves tensors of the state's device; None: all processes.
+    """
+
+    def __init__(self, denoise: Conditioned, group: dist.ProcessGroup | None = None) -> None:
+        self.denoise = denoise
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.group = group
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise ValueError("x: with gradient, which does not cross processes; valid: under torch.no_grad()")
+        shares = [slice(len(x) * rank // self.size, len(x) * (rank + 1) // self.size) for rank in range(self.size)]
+        mine = self.denoise.rows(x, sigma, shares[self.rank]) if _count(shares[self.rank]) else x[:0]
+        padded = x.new_zeros(max(map(_count, shares)), *x.shape[1:])  # gathered tensors have to be of one shape
+        padded[: len(mine)] = mine
+        every = [torch.empty_like(padded) for _ in shares]
+        dist.all_gather(every, padded, group=self.group)
+        return torch.cat([part[: _count(share)] for part, share in zip(every, shares, strict=True)])
+
+
+def _count(rows: slice) -> int:
+    return rows.stop - rows.start
 
 
 def with_feature(denoise: Denoiser, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:

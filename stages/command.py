@@ -9,14 +9,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import TypeVar, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 import psutil
+import torch
 import typer
 from tqdm import tqdm
 
 from stages.files import LOCKS, TIMES, StageError, write_json
-from stages.params import ParamsError, load_params
+from stages.params import ParamsError, Section, load_params
 from stages.ranks import RANK, SIZE
 
 T = TypeVar("T")
@@ -40,9 +41,10 @@ def command(stage: Callable[..., None], has_ranks: bool = False) -> None:
     others = [a for a in arguments if a.kind is not inspect.Parameter.KEYWORD_ONLY]
 
     def main(**given: str) -> None:
-        name = "@".join([stage.__name__, *given.values()])
+        name, chosen = "@".join([stage.__name__, *given.values()]), dict[str, Any]()
         try:
             params = load_params()
+            chosen |= {section: getattr(params, section) for section in sections}
             if not set(given.values()) <= set(params.samplers):  # the one argument that a stage may have
                 raise ParamsError(f"samplers: found no {name.split('@', 1)[1]!r}; valid: {', '.join(params.samplers)}")
             signal.signal(signal.SIGTERM, _stop)
@@ -51,7 +53,7 @@ def command(stage: Callable[..., None], has_ranks: bool = False) -> None:
             if SIZE > 1 and not has_ranks:
                 raise StageError("runs as one process; valid: python -m, without torchrun")
             with _alone(name) if RANK == 0 else nullcontext():
-                stage(**given, **{section: getattr(params, section) for section in sections})
+                stage(**given, **chosen)
                 if RANK == 0:
                     _record(name)
         except (ParamsError, StageError, FloatingPointError) as error:
@@ -60,6 +62,8 @@ def command(stage: Callable[..., None], has_ranks: bool = False) -> None:
             _fail(name, "terminated; nothing is half-written, the same command goes on", TERMINATED)
         except KeyboardInterrupt:
             _fail(name, "interrupted; nothing is half-written, the same command goes on", INTERRUPTED)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            _fail(name, _out_of_memory(error, chosen))
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
@@ -70,6 +74,17 @@ def command(stage: Callable[..., None], has_ranks: bool = False) -> None:
     main.__annotations__ = {a.name: hints[a.name] for a in others}
     main.__signature__ = inspect.Signature(others)  # type: ignore[attr-defined]
     typer.run(main)
+
+
+def _out_of_memory(error: Exception, given: dict[str, Any]) -> str:
+    """What to do about it: batch sizes may change where a run goes on."""
+    dumped = {name: section.model_dump() for name, section in given.items() if isinstance(section, Section)}
+    sizes = [f"{name}.batch_size is {found['batch_size']}" for name, found in dumped.items() if "batch_size" in found]
+    found = str(error).partition("\n")[0] or type(error).__name__
+    return (
+        f"out of memory ({found}); {', '.join(sizes) or 'no batch size'}: lower it, or set compute.drop_text_encoders, "
+        "compute.slicing, compute.offload, or a half-precision backbone.dtype; what is done is kept, the same command goes on"
+    )
 
 
 def _stop(signum: int, frame: object) -> None:

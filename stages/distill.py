@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from backends import Backend, Digits, counted_denoiser
+from backends import Backend
 from metrics.classifier import Classifier
 from solvers import (
     AFS,
@@ -31,8 +31,9 @@ from stages import params
 from stages.checkpoint import Checkpoint, adam_state, load_adam_state, under
 from stages.command import command, progress
 from stages.files import BACKBONE, DISTILLED, RESULTS, TEACHER, atomic, read_tensors, reading, require, write_csv
-from stages.noise import prompts
-from stages.params import Distill, Learning
+from stages.frozen import RECORD, Frozen, load_frozen
+from stages.noise import batches
+from stages.params import Compute, Distill, Learning
 from stages.training import cosine, descend, rng, seeded
 
 SEEN = 128
@@ -46,27 +47,24 @@ Error = Callable[[Tensor, Tensor], Tensor]
 only the first and the last nodes are the same noise levels."""
 
 
-def distill(*, seed: int, num_steps: int, afs: bool, guidance_scale: float, distill: Distill) -> None:
+def distill(*, seed: int, num_steps: int, afs: bool, guidance_scale: float, compute: Compute, distill: Distill) -> None:
     """Bring the student's end points, or all its nodes, close to the teacher's; keep the best on validation noise."""
-    with reading(BACKBONE):
-        backend = Digits.load(BACKBONE / "unet.safetensors")
-        # not the judge's: that one is never learned from
-        extractor = Classifier.load(BACKBONE / "reward.safetensors").features
     with reading(TEACHER):
         stored, description = read_tensors(TEACHER)
         sigmas, train, validation = stored["sigmas"], stored["train"], stored["validation"]
         require(TEACHER, "num_steps", len(sigmas), num_steps)
         require(TEACHER, "guidance_scale", description["guidance_scale"], guidance_scale)
-    sampling = Sampling(backend, guidance_scale, afs, sigmas)
+    splits = {"train": train, "validation": validation}
+    frozen = load_frozen(guidance_scale, compute, {split: range(len(states)) for split, states in splits.items()})
+    sampling = Sampling(frozen, guidance_scale, afs, sigmas)
     checkpoint = None
     if isinstance(distill, params.DODE):
-        learned = closed_form(sampling, train, validation)
+        learned = closed_form(sampling, train, validation, distill.batch_size)
     else:
         sampling.checkpoint_calls = distill.checkpoint_calls
-        student = seeded(seed, "student", lambda: new_student(distill, sigmas, backend.spec.features))
-        inputs = [*sorted(BACKBONE.iterdir()), TEACHER]
-        checkpoint = Checkpoint("distill", {"seed": seed, "afs": afs, "distill": distill}, inputs)
-        error = error_of(distill.loss, backend, extractor)
+        student = seeded(seed, "student", lambda: new_student(distill, sigmas, frozen.backend.spec.features))
+        checkpoint = Checkpoint("distill", {"seed": seed, "afs": afs, "distill": distill}, [RECORD, TEACHER])
+        error = error_of(distill.loss, frozen.backend)
         learned = learn(student, sampling, train, validation, distill, error, seed, checkpoint)
     provenance = {
         "stage": "distill",
@@ -76,9 +74,8 @@ def distill(*, seed: int, num_steps: int, afs: bool, guidance_scale: float, dist
         "chosen": learned.chosen,
     }
     write_csv(RESULTS / "distill.csv", learned.curve)
-    metrics = (measured(learned, sampling, validation),)
-    backbone = Digits.identity(BACKBONE / "unet.safetensors")
-    predictor = Predictor(learned.table, learned.sigmas, afs, backbone, guidance_scale, provenance, metrics)
+    metrics = (measured(learned, sampling, validation, distill.batch_size),)
+    predictor = Predictor(learned.table, learned.sigmas, afs, frozen.identity, guidance_scale, provenance, metrics)
     with atomic(DISTILLED) as folder:
         folder.mkdir()
         save_predictor(predictor, folder, DISTILLED.name)
@@ -90,21 +87,29 @@ def distill(*, seed: int, num_steps: int, afs: bool, guidance_scale: float, dist
 class Sampling:
     """How a student is run: the frozen model, its guidance, whether the first step is analytic, and the teacher's nodes.
 
-    With `checkpoint_calls` the gradient takes the memory of one network call, and the time of one forward pass more.
+    States come from the CPU and go back to it. With `checkpoint_calls` the gradient takes the memory of one network call, and
+    the time of one forward pass more.
     """
 
-    backend: Backend
+    frozen: Frozen
     guidance_scale: float
     afs: bool
     sigmas: Tensor
     checkpoint_calls: bool = False
 
-    def states(self, table: Solver, sigmas: Tensor, start: Tensor, samples: Sequence[int]) -> Tensor:
+    def states(self, table: Solver, sigmas: Tensor, start: Tensor, samples: Sequence[int], split: str = "train") -> Tensor:
         """States (B, num_steps, ...) at each node of the given samples, from those at sigmas[0], (B, ...)."""
-        denoise, _ = counted_denoiser(self.backend, prompts(samples), self.guidance_scale)
+        denoise, _ = self.frozen.denoiser(split, samples, self.guidance_scale)
         if self.checkpoint_calls:
             denoise = Checkpointed(denoise)
-        return torch.stack(list(trajectory(denoise, AFS(table) if self.afs else table, start, sigmas)), 1)
+        solver, x = AFS(table) if self.afs else table, self.frozen.backend.spec.state(start)
+        return torch.stack([state.to(start) for state in trajectory(denoise, solver, x, sigmas)], 1)
+
+    @torch.no_grad()
+    def first_states(self, table: Solver, sigmas: Tensor, starts: Tensor, split: str, batch_size: int) -> Tensor:
+        """The same of the first samples of a split, (n, num_steps, ...), so many at a time."""
+        parts = batches(len(starts), batch_size)
+        return torch.cat([self.states(table, sigmas, starts[part.start : part.stop], part, split) for part in parts])
 
 
 @dataclass
@@ -186,7 +191,8 @@ def learn(
                 relaxed.move(rows, start, errors)
                 follow(average, student, min(settings.ema_decay, iteration / (iteration + 9)))  # short memory at first
             if iteration % settings.validate_every == 0 or iteration == settings.iterations:
-                current, point = validated(*kept(average, sampling), sampling, train, validation, error)
+                table, sigmas = kept(average, sampling)
+                current, point = validated(table, sigmas, sampling, train, validation, error, settings.batch_size)
                 curve.append({"iteration": iteration, **point})
                 bar.set_postfix(validation_rmse=f"{point['validation_rmse']:.4f}")
                 if current < lowest:
@@ -224,10 +230,11 @@ def follow(average: nn.Module, student: nn.Module, decay: float) -> None:
 
 @torch.no_grad()
 def validated(
-    table: Table, sigmas: Tensor, sampling: Sampling, train: Tensor, validation: Tensor, error: Error
+    table: Table, sigmas: Tensor, sampling: Sampling, train: Tensor, validation: Tensor, error: Error, batch_size: int
 ) -> tuple[float, dict[str, float]]:
     """The mean error on validation noise, and a point of the curve."""
-    seen, found = (sampling.states(table, sigmas, data[:, 0], range(len(data))) for data in (train[:SEEN], validation))
+    seen = sampling.first_states(table, sigmas, train[:SEEN, 0], "train", batch_size)
+    found = sampling.first_states(table, sigmas, validation[:, 0], "validation", batch_size)
     point = {"train_rmse": rmse(seen, train[:SEEN]), "validation_rmse": rmse(found, validation)}
     current = error(found, validation).mean().item()
     if not math.isfinite(current):
@@ -236,20 +243,28 @@ def validated(
 
 
 @torch.no_grad()
-def measured(learned: Learned, sampling: Sampling, validation: Tensor) -> Metric:
+def measured(learned: Learned, sampling: Sampling, validation: Tensor, batch_size: int) -> Metric:
     """The RMSE of the end points to the teacher's on validation noise; its interval by the delta method."""
-    found = sampling.states(learned.table, learned.sigmas, validation[:, 0], range(len(validation)))[:, -1]
+    found = sampling.first_states(learned.table, learned.sigmas, validation[:, 0], "validation", batch_size)[:, -1]
     each = (found - validation[:, -1]).square().flatten(1).mean(1)
     error = each.mean().sqrt().item()
     interval = 1.96 * each.std().item() / len(each) ** 0.5 / (2 * error)
     return Metric("RMSE to the teacher", error, interval, len(each), "validation noise")
 
 
-def closed_form(sampling: Sampling, train: Tensor, validation: Tensor) -> Learned:
+def closed_form(sampling: Sampling, train: Tensor, validation: Tensor, batch_size: int) -> Learned:
     """D-ODE's numbers, by least squares over the training trajectories."""
-    denoise, _ = counted_denoiser(sampling.backend, prompts(range(len(train))), sampling.guidance_scale)
+
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:  # of all of them, so many at a time
+        spec, parts = sampling.frozen.backend.spec, list[Tensor]()
+        for batch in batches(len(x), batch_size):
+            one, _ = sampling.frozen.denoiser("train", batch, sampling.guidance_scale)
+            rows = slice(batch.start, batch.stop)
+            parts.append(one(spec.state(x[rows]), spec.state(sigma[rows])).to(x))
+        return torch.cat(parts)
+
     table = fit_d_ode(denoise, train, sampling.sigmas, sampling.afs)
-    _, found = validated(table, sampling.sigmas, sampling, train, validation, end_error)
+    _, found = validated(table, sampling.sigmas, sampling, train, validation, end_error, batch_size)
     point = {"iteration": 0, **found}
     return Learned(table, sampling.sigmas, point, [point])
 
@@ -311,14 +326,24 @@ def grid_of(student: Student, sampling: Sampling) -> Tensor:
     return student.sigmas() if isinstance(student, Multistep) else sampling.sigmas
 
 
-def error_of(loss: str, backend: Backend, extractor: Callable[[Tensor], Tensor]) -> Error:
-    """The loss of that name; `extractor` maps images (B, C, H, W) in [0, 1] to features (B, F)."""
+def error_of(loss: str, backend: Backend) -> Error:
+    """The loss of that name; of features (which digits alone have) in those of the reward's classifier."""
+    if loss == "features":
+        with reading(BACKBONE):
+            # not the judge's: that one is never learned from
+            extractor = Classifier.load(BACKBONE / "reward.safetensors").features
+        return feature_error(backend, extractor)
+    return {"end": end_error, "nodes": nodes_error}[loss]
+
+
+def feature_error(backend: Backend, extractor: Callable[[Tensor], Tensor]) -> Error:
+    """Mean squared difference of the last images' features; `extractor` maps images (B, C, H, W) in [0, 1] to (B, F)."""
 
     def features(states: Tensor, targets: Tensor) -> Tensor:
         found, wanted = (extractor(backend.decode(x[:, -1]).float()) for x in (states, targets))
         return (found - wanted).square().mean(1)
 
-    return {"end": end_error, "nodes": nodes_error, "features": features}[loss]
+    return features
 
 
 def end_error(states: Tensor, targets: Tensor) -> Tensor:

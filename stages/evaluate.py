@@ -5,69 +5,89 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from backends import Digits
-from metrics.accuracy import Accuracy
-from metrics.frechet import JUDGE, Frechet, bootstrap_distances, distance, load_statistics, resampled, statistics
-from metrics.log_probability import LogProbability
+from metrics.frechet import Statistics, bootstrap_distances, distance, load_statistics, resampled, statistics
+from stages.checkpoint import Work
 from stages.command import command, progress
 from stages.files import BACKBONE, REFS, RESULTS, SAMPLES, SCORES, read_tensors, reading, require, write_json, write_tensors
-from stages.noise import prompts
-from stages.params import Evaluate
+from stages.frozen import PROMPTS, RECORD, load_decoder
+from stages.params import Compute, Evaluate
+from stages.parts import by_parts, forget
+from stages.prompts import Prompts
+from stages.ranks import Ranks
+from stages.scorers import load_scorers
 from stages.statistics import mean_error
 
+Scores = dict[str, Tensor]
 
-def evaluate(sampler: str, *, evaluate: Evaluate) -> None:
-    """Score the archive of SAMPLER against the real digits and, on the same noise, against the reference's archive."""
-    states, cost = archive(SAMPLES / f"{sampler}.safetensors")
-    reference, _ = archive(SAMPLES / "reference.safetensors", len(states))
+
+def evaluate(sampler: str, *, compute: Compute, evaluate: Evaluate) -> None:
+    """Score the archive of SAMPLER against the reference images and, on the same noise, against the reference's archive.
+
+    Under torchrun the ranks split the images.
+    """
+    ranks, name = Ranks(), f"evaluate@{sampler}"
+    files = [SAMPLES / f"{each}.safetensors" for each in (sampler, "reference")]
+    states, samples, cost = archive(files[0])
+    reference, _, _ = archive(files[1], samples)
     with reading(BACKBONE):
-        backend = Digits.load(BACKBONE / "unet.safetensors")
-        reward = LogProbability(BACKBONE / "reward.safetensors")
-        judge = Accuracy(BACKBONE / "judge.safetensors")
-        frechet = Frechet(JUDGE, BACKBONE / "judge.safetensors")
+        wanted = Prompts.load(PROMPTS)("test", samples.tolist())
     with reading(REFS):
         refs = load_statistics(REFS)
-    images, wanted = backend.decode(states), prompts(range(len(states)))
-    features = frechet.features(images)
-    reference_features = frechet.features(backend.decode(reference))
-    squared_error = (states - reference).square().flatten(1).mean(1)
-    scores = {
-        "reward": reward(images, wanted),
-        "accuracy": judge(images, wanted),
-        "squared_error": squared_error,
-        "rmse_bootstrap": torch.stack(
-            [squared_error[rows].mean().sqrt() for rows in resampled(len(states), evaluate.bootstrap)]
-        ),
-    }
-    others = [("frechet_distance", refs), ("distance_to_reference", reference_features)]
-    for name, other in progress(others, f"evaluate {sampler}", "distance"):
-        scores[f"{name}_bootstrap"] = torch.from_numpy(bootstrap_distances(features, other, evaluate.bootstrap))
-    results = {
-        "n": len(states),
-        **cost,
-        "frechet_distance": distance(statistics(features), refs),
-        "frechet_distance_se": scores["frechet_distance_bootstrap"].std().item(),
-        "distance_to_reference": distance(statistics(features), statistics(reference_features)),
-        "distance_to_reference_se": scores["distance_to_reference_bootstrap"].std().item(),
-        "rmse": squared_error.mean().sqrt().item(),
-        "rmse_se": scores["rmse_bootstrap"].std().item(),
-        "accuracy": scores["accuracy"].mean().item(),
-        "accuracy_se": mean_error(scores["accuracy"]),
-        "reward": scores["reward"].mean().item(),
-        "reward_se": mean_error(scores["reward"]),
-    }
-    write_tensors(SCORES / f"{sampler}.safetensors", scores)
-    write_json(RESULTS / f"{sampler}.json", results)
+    decode, scorers = load_decoder(compute), load_scorers(compute)
+
+    @torch.no_grad()
+    def scored(batch: range) -> dict[str, Tensor]:
+        mine, others = states[batch.start : batch.stop], reference[batch.start : batch.stop]
+        found = scorers.scores(decode(mine), wanted[batch.start : batch.stop])
+        squared_error = (mine - others).square().flatten(1).mean(1)
+        return {**found, "squared_error": squared_error, "reference_features": scorers.frechet.features(decode(others))}
+
+    # batch sizes may move last bits of what is summed up: they count
+    work = Work({"evaluate": evaluate}, [RECORD, *files])
+    scores = by_parts(name, work, ranks, len(states), evaluate.batch_size, scored)
+    if scores is not None:
+        results, resamples = summary(scores, refs, evaluate, sampler)
+        with torch.no_grad():
+            pictures = (decode(states[: evaluate.pictures]).float() * 255).round().to(torch.uint8).cpu()
+        each = {key: values for key, values in scores.items() if values.ndim == 1}
+        write_tensors(
+            SCORES / f"{sampler}.safetensors", {**each, **resamples, "pictures": pictures}, {"prompts": wanted[: len(pictures)]}
+        )
+        write_json(RESULTS / f"{sampler}.json", {"n": len(states), **cost, **results})
+        forget(name)
+    ranks.close()
 
 
-def archive(path: Path, images: int | None = None) -> tuple[Tensor, dict[str, float]]:
-    """Final states (n, C, H, W) of one sampler and what they cost; of that many images where it is given."""
+def summary(scores: Scores, refs: Statistics, evaluate: Evaluate, sampler: str) -> tuple[dict[str, float], Scores]:
+    """Distances and means, each with its standard error ("_se"), and the resampled distances and errors, (bootstrap,)."""
+    features, other = scores["features"], scores["reference_features"]
+    results, resamples = dict[str, float](), Scores()
+    distances = {"frechet_distance": (refs, refs), "distance_to_reference": (other, statistics(other))}
+    for name, (drawn, fixed) in progress([*distances.items()], f"evaluate {sampler}", "distance"):
+        results[name] = distance(statistics(features), fixed)
+        resamples[name] = torch.from_numpy(bootstrap_distances(features, drawn, evaluate.bootstrap))
+    squared_error = scores["squared_error"]
+    results["rmse"] = squared_error.mean().sqrt().item()
+    rows = resampled(len(squared_error), evaluate.bootstrap)
+    resamples["rmse"] = torch.stack([squared_error[chosen].mean().sqrt() for chosen in rows])
+    errors = {f"{name}_se": values.std().item() for name, values in resamples.items()}
+    for name in scores.keys() - {"features", "reference_features", "squared_error"}:
+        results[name], errors[f"{name}_se"] = scores[name].mean().item(), mean_error(scores[name])
+    ordered = {
+        key: value for name in sorted(results) for key, value in ((name, results[name]), (f"{name}_se", errors[f"{name}_se"]))
+    }
+    return ordered, {f"{name}_bootstrap": values for name, values in resamples.items()}
+
+
+def archive(path: Path, samples: Tensor | None = None) -> tuple[Tensor, Tensor, dict[str, float]]:
+    """Final states (n, ...) of one sampler, of which samples (n,), which have to be those given, and what they cost."""
     with reading(path):
         tensors, cost = read_tensors(path)
-        states = tensors["states"]
-        require(path, "images", len(states), images or len(states))
-        return states, {key: cost[key] for key in ("serial_evaluations", "total_evaluations")}
+        states, found = tensors["states"], tensors["samples"]
+        if samples is not None:
+            require(path, "samples", found.tolist(), samples.tolist())
+        return states, found, {key: cost[key] for key in ("serial_evaluations", "total_evaluations")}
 
 
 if __name__ == "__main__":
-    command(evaluate)
+    command(evaluate, has_ranks=True)

@@ -19,7 +19,6 @@ from torch import Tensor
 BACKBONE = Path("models/backbone")
 DISTILLED = Path("models/distilled")
 RDPO = Path("models/rdpo")
-DIGITS = Path("data/digits.safetensors")
 REFS = Path("data/refs.npz")
 TEACHER = Path("data/teacher.safetensors")
 SAMPLES = Path("data/samples")
@@ -28,13 +27,13 @@ RESULTS = Path("results")
 LIVE = Path("data/live/rdpo")
 CHECKPOINTS = Path("data/checkpoints")  # none of these
 FAILED = Path("data/failed")
+PARTS = Path("data/parts")
 LOGS = Path("data/logs")
 LOCKS = Path("data/locks")  # is an output:
 TIMES = Path("data/times")  # what they hold differs from run to run
 
 MADE_BY = {
     BACKBONE: "backbone",
-    DIGITS: "backbone",
     REFS: "refs",
     TEACHER: "teacher",
     DISTILLED: "distill",
@@ -140,7 +139,8 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def sha256(file: Path) -> str:
     """Of a file's contents."""
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _remove(path: Path) -> None:
@@ -152,6 +152,7 @@ def _remove(path: Path) -> None:
 
 def _sync(path: Path) -> None:
     """Have the disk hold what was written, before the rename makes it visible."""
-    for file in path.iterdir() if path.is_dir() else [path]:
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if file.is_file():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())

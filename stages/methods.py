@@ -11,7 +11,7 @@ from solvers import Draw, Drawable, Policy
 from stages.checkpoint import adam_state, load_adam_state, under
 from stages.draws import drawn
 from stages.files import RolloutError
-from stages.noise import noise, prompts
+from stages.noise import noise
 from stages.params import RDPO
 from stages.ranks import Ranks
 from stages.rollouts import Grouping, Rollouts, kept
@@ -122,7 +122,7 @@ class PolicyGradient(_Descent):
         with torch.no_grad():
             old = self.policy.log_prob(draw)
         lengths, clipped = list[float](), list[float]()
-        with kept(f"rdpo-{iteration}", {"rewards": rewards, **draw}, prompts(self.groups(iteration))):
+        with kept(f"rdpo-{iteration}", {"rewards": rewards, **draw}, self.rollouts.prompts("train", self.groups(iteration))):
             for chosen in self._minibatches(iteration, rollouts):
                 ratio = (self.policy.log_prob({name: numbers[chosen] for name, numbers in draw.items()}) - old[chosen]).exp()
                 loss = surrogate(advantage[chosen], ratio, settings.clip) + self.penalty()
@@ -161,7 +161,10 @@ class RewardGradient(_Descent):
         gradients = [torch.zeros_like(leaf) for leaf in leaves.values()]
         total, rows = 0.0, 0
         for part in (mine[first : first + self.rollouts.batch_size] for first in range(0, len(mine), self.rollouts.batch_size)):
-            start, wanted = noise(self.seed, "train", part, self.rollouts.backend.spec.shape), prompts(part)
+            start, wanted = (
+                noise(self.seed, "train", part, self.rollouts.backend.spec.shape),
+                self.rollouts.prompts("train", part),
+            )
             with kept(f"rdpo-{iteration}", {"start": start, **{name: leaf.detach() for name, leaf in leaves.items()}}, wanted):
                 images, counter = self.rollouts.images(self.policy.table(dict(leaves)), start, wanted, checkpointed=True)
                 rewards = self.rollouts.score(images, wanted)

@@ -2,13 +2,15 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 from yaml import YAMLError
+
+from stages.seeds import parse_seeds
 
 PARAMS = Path("params.yaml")
 
@@ -35,6 +37,15 @@ class Section(BaseModel):
         return values
 
 
+class Compute(Section):
+    """What changes the speed and the memory, not what is computed (but for the last bits)."""
+
+    device: Literal["auto", "cpu", "cuda"]
+    offload: bool
+    slicing: bool
+    drop_text_encoders: bool
+
+
 class Polynomial(Section):
     name: Literal["polynomial"]
     rho: Rho
@@ -42,6 +53,8 @@ class Polynomial(Section):
 
 class LogSNR(Section):
     name: Literal["logsnr"]
+    rho: None = None  # so that a composition can take away another schedule's
+    rho: None = None  # so that a composition can take away another schedule's
 
 
 class TimeUniform(Section):
@@ -49,10 +62,37 @@ class TimeUniform(Section):
     rho: Rho
 
 
-Schedule = Annotated[Polynomial | LogSNR | TimeUniform, Field(discriminator="name")]
+class Discrete(Section):
+    name: Literal["discrete"]
+    rho: Rho
 
 
-class Backbone(Section):
+class FlowMatch(Section):
+    name: Literal["flowmatch"]
+    rho: None = None
+    rho: None = None
+
+
+Schedule = Annotated[Polynomial | LogSNR | TimeUniform | Discrete | FlowMatch, Field(discriminator="name")]
+
+
+class Weights(Section):
+    """Where a frozen model's files come from."""
+
+    source: Annotated[str, Field(min_length=1)]
+    id: Annotated[str, Field(pattern=r"^[\w.-]+(/[\w.-]+)?$")]
+    revision: Annotated[str, Field(pattern="^[0-9a-f]{40}$")] | None
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None
+    variant: Name | None
+
+    @model_validator(mode="after")
+    def _is_pinned(self) -> "Weights":
+        if self.source == "hub" and self.revision is None:
+            raise ValueError("revision: found None; valid: 40 hexadecimal digits, the commit of the hub's repository")
+        return self
+
+
+class Digits(Section):
     name: Literal["digits"]
     held_out: Annotated[int, Field(ge=100, le=1000)]
     channels: Annotated[int, Field(ge=8, multiple_of=8)]
@@ -64,6 +104,50 @@ class Backbone(Section):
     checkpoint_every: Count
     classifier_iterations: Count
     label_smoothing: Fraction
+
+
+class Pipeline(Weights):
+    name: Literal["sd15", "sd3", "flux"]
+    licence: Annotated[str, Field(min_length=1)]
+    height: Count
+    width: Count
+    dtype: Literal["float32", "float16", "bfloat16"]
+
+
+Backbone = Annotated[Digits | Pipeline, Field(discriminator="name")]
+
+
+class Prompts(Section):
+    file: Annotated[str, Field(min_length=1)]
+    validation: Count | None
+    test: Count | None
+    negative: str
+
+    @model_validator(mode="after")
+    def _has_both_numbers_or_none(self) -> "Prompts":
+        if (self.validation is None) != (self.test is None):
+            raise ValueError(f"validation, test: found {self.validation}, {self.test}; valid: two numbers, or null twice")
+        return self
+
+
+DigitsMetric = Literal["log_probability", "accuracy"]
+ImageMetric = Literal["clip_score", "pick_score"]
+
+
+class Metrics(Section):
+    reward: DigitsMetric | ImageMetric
+    judges: Annotated[list[DigitsMetric | ImageMetric], Field(min_length=1)]
+    features: Literal["accuracy", ImageMetric]
+    weights: dict[ImageMetric, Weights]
+
+    @model_validator(mode="after")
+    def _has_judges_that_are_not_the_reward(self) -> "Metrics":
+        if self.reward in self.judges:
+            raise ValueError(f"judges: found {self.judges}; valid: without {self.reward}, which is the reward")
+        used = {self.reward, self.features, *self.judges} & set(get_args(ImageMetric))
+        if used != set(self.weights):
+            raise ValueError(f"weights: found those of {sorted(self.weights)}; valid: of the metrics named, {sorted(used)}")
+        return self
 
 
 MultistepName = Literal[
@@ -164,6 +248,7 @@ class ParallelMultistep(Learning):
 
 class DODE(Section):
     family: Literal["d_ode"]
+    batch_size: Count
 
 
 Distill = Annotated[EPD | EPDPlugin | AMED | S4S | S4SAlt | ParallelMultistep | DODE, Field(discriminator="family")]
@@ -237,16 +322,33 @@ class Learned(Section):
 Sampler = Annotated[Classical | Learned, Field(discriminator="solver")]
 
 
+def _seeds(seeds: str | int) -> str | int:
+    if len(parse_seeds(seeds)) < 2:  # nothing that is reported could have an uncertainty
+        raise ValueError(f"found {seeds!r}, one image; valid: two or more, as 0-63,100")
+    return seeds
+
+
 class Sample(Section):
-    images: Annotated[int, Field(ge=100)]
+    seeds: Annotated[str | int, AfterValidator(_seeds)]
     batch_size: Count
+
+
+class RealImages(Section):
+    source: Literal["data"]
+
+
+class OwnImages(Section):
+    source: Literal["reference"]
+    images: Annotated[int, Field(ge=2)]
+    batch_size: Count
+
+
+Refs = Annotated[RealImages | OwnImages, Field(discriminator="source")]
 
 
 class Evaluate(Section):
     bootstrap: Annotated[int, Field(ge=20)]
-
-
-class Report(Section):
+    batch_size: Count
     pictures: Annotated[int, Field(ge=1, le=100)]
 
 
@@ -257,15 +359,47 @@ class Params(Section):
     num_steps: Nodes
     afs: bool
     guidance_scale: NotNegative
+    compute: Compute
     schedule: Schedule
     backbone: Backbone
+    prompts: Prompts
+    metrics: Metrics
+    refs: Refs
     teacher: Teacher
     distill: Distill
     rdpo: RDPO
     samplers: dict[Name, Sampler]
     sample: Sample
     evaluate: Evaluate
-    report: Report
+
+    @model_validator(mode="after")
+    def _fits_the_backbone(self) -> "Params":
+        """Schedules, analytic first steps and metrics that other kinds of models have."""
+        name, flow = self.backbone.name, self.backbone.name in ("sd3", "flux")
+        classical = {f"samplers.{key}.": s for key, s in self.samplers.items() if isinstance(s, Classical)}
+        for path, schedule in {"": self.schedule, **{path: sampler.schedule for path, sampler in classical.items()}}.items():
+            own = {"discrete": name == "sd15", "flowmatch": flow}
+            if not own.get(schedule.name, True):
+                raise ValueError(f"{path}schedule.name: found {schedule.name!r}; valid: another, for the backbone {name}")
+        for path, afs in {"": self.afs, **{path: sampler.afs for path, sampler in classical.items()}}.items():
+            if flow and afs is not False:
+                raise ValueError(f"{path}afs: found {afs}; valid: False, for a flow model, whose first state is noise alone")
+        digits = name == "digits"
+        metrics = [self.metrics.reward, *self.metrics.judges, self.metrics.features]
+        wrong = [metric for metric in metrics if (metric in get_args(DigitsMetric)) != digits]
+        if wrong or digits != isinstance(self.refs, RealImages):
+            found = f"{', '.join(wrong)}, refs.source {self.refs.source}"
+            raise ValueError(f"metrics: found {found}; valid: those of conf/backbone for {name}")
+        if not digits and getattr(self.distill, "loss", "end") == "features":
+            raise ValueError(f"distill.loss: found 'features'; valid: 'end' or 'nodes', for the backbone {name}")
+        return self
+
+    @model_validator(mode="after")
+    def _has_a_grid_of_its_own_for_the_reference(self) -> "Params":
+        reference = self.samplers.get("reference")
+        if isinstance(reference, Classical) and reference.num_steps is None:
+            raise ValueError("samplers.reference.num_steps: found None; valid: a number, many times that of the others")
+        return self
 
     @model_validator(mode="after")
     def _samplers_can_match_the_serial_evaluations(self) -> "Params":

@@ -45,6 +45,10 @@ class Ranks:
                 raise StageError(f"rank {self.rank}: another rank has stopped, and says why ({error})") from error
         return numbers
 
+    def wait(self) -> None:
+        """Until all ranks have come here."""
+        self.sum(torch.zeros(1, dtype=torch.float64))
+
     def gather(self, mine: Tensor, items: int) -> Tensor:
         """All items' numbers (items, ...), from each rank's share of them."""
         every = torch.zeros(items, *mine.shape[1:], dtype=torch.float64)

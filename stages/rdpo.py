@@ -10,17 +10,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from backends import Digits
-from metrics.accuracy import Accuracy
-from metrics.colour import brightness, saturation
-from metrics.frechet import JUDGE, Frechet, load_statistics
-from metrics.log_probability import LogProbability
+from metrics.frechet import load_statistics
 from solvers import AMED, Drawable, Metric, Policy, Predictor, Spread, load_predictor, save_predictor
 from solvers.families import Table
 from stages.checkpoint import Checkpoint, under
 from stages.command import command, progress
 from stages.files import (
-    BACKBONE,
     DISTILLED,
     LIVE,
     LOGS,
@@ -34,10 +29,13 @@ from stages.files import (
     sha256,
     write_csv,
 )
+from stages.frozen import RECORD, load_frozen
 from stages.methods import METHODS, Method
 from stages.params import RDPO as RDPOParams  # noqa: N811
+from stages.params import Compute
 from stages.ranks import Ranks
 from stages.rollouts import Rollouts, tensors_of
+from stages.scorers import load_scorers
 from stages.trace import Trace
 from stages.training import seeded
 from stages.validation import Point, Validation, Watch
@@ -46,7 +44,7 @@ UNTIED = {"batch_size", "iterations", "kl_alarm", "checkpoint_every", "checkpoin
 """Parameters that may be others when a run goes on: they do not change what an iteration computes."""
 
 
-def rdpo(*, seed: int, rdpo: RDPOParams) -> None:
+def rdpo(*, seed: int, guidance_scale: float, compute: Compute, rdpo: RDPOParams) -> None:
     """Raise the reward; deploy the table that is best on validation noise among those that no judge finds worse.
 
     Under torchrun the ranks split the rollouts.
@@ -54,21 +52,18 @@ def rdpo(*, seed: int, rdpo: RDPOParams) -> None:
     ranks = Ranks()
     if rdpo.groups % ranks.size:
         raise InputError(f"rdpo.groups: {rdpo.groups} for {ranks.size} ranks; valid: a multiple of the ranks, which split them")
-    with reading(BACKBONE):
-        backend = Digits.load(BACKBONE / "unet.safetensors")
-        reward = LogProbability(BACKBONE / "reward.safetensors")
-        judge = Accuracy(BACKBONE / "judge.safetensors")
-        frechet = Frechet(JUDGE, BACKBONE / "judge.safetensors")
     with reading(REFS):
         refs = load_statistics(REFS)
     with reading(DISTILLED):
-        distilled = load_predictor(DISTILLED)
+        distilled = load_predictor(DISTILLED, guidance_scale=guidance_scale)
     policy = new_policy(distilled.table, rdpo, seed)
-    watch = Watch({"accuracy": judge}, {"brightness": brightness, "saturation": saturation}, frechet, refs)
-    rollouts = Rollouts(backend, reward, distilled, seed, rdpo.batch_size)
+    samples = {"train": range(rdpo.groups, (rdpo.iterations + 1) * rdpo.groups), "validation": range(rdpo.validation)}
+    frozen, scorers = load_frozen(guidance_scale, compute, samples), load_scorers(compute)
+    watch = Watch(scorers.judges, scorers.watched, scorers.frechet, refs)
+    rollouts = Rollouts(frozen, scorers.reward, distilled, seed, rdpo.batch_size)
     method = METHODS[rdpo.method](policy, rollouts, ranks, rdpo, seed)
     validation = Validation(rollouts, watch, ranks, seed, rdpo.validation)
-    inputs = [*sorted(BACKBONE.iterdir()), REFS, *sorted(DISTILLED.iterdir())]
+    inputs = [RECORD, REFS, *sorted(DISTILLED.iterdir())]
     checkpoint = Checkpoint("rdpo", {"seed": seed, "rdpo": rdpo}, inputs, UNTIED)
     training = Training(method, validation, checkpoint, ranks, rdpo)
     training.run()

@@ -4,7 +4,7 @@ import base64
 import csv
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,64 +13,66 @@ from jinja2 import Environment, FileSystemLoader
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import interpolate, pad
 
-from backends import Digits
 from stages.command import command
-from stages.files import RESULTS, SAMPLES, SCORES, TIMES, atomic, read_tensors, reading, require, sha256
-from stages.params import Report, Sampler
+from stages.files import RESULTS, SCORES, TIMES, atomic, read_tensors, reading, require, sha256
+from stages.params import Metrics, RealImages, Refs, Sampler
 
 MARKDOWN, PAGE = RESULTS / "report.md", RESULTS / "report.html"
 HELD_OUT = RESULTS / "held_out.json"
 BASE = "distilled"
-COLUMNS = [
-    "sampler",
-    "serial",
-    "total",
-    "FD",
-    "FD to reference",
-    "RMSE",
-    "accuracy",
-    "reward",
-    f"reward - {BASE}",
-]
-LEGEND = """\
+SHOWN = 192
+"""Pixels to a side of the page's images, at most."""
+COST = """\
 n = {n} test samples, the same prompts and noise for every sampler; ± is 1.96 standard errors (of FD and RMSE by bootstrap).
-serial, total: evaluations of the network one after the other, and rows per image. FD: Frechet distance to the training
+serial, total: evaluations of the network one after the other, and rows per image. """
+DIGITS = """\
+FD: Frechet distance to the training
 digits in the judge's features; FD to reference: to the reference's images. RMSE: root mean squared difference to the
 reference on the same noise, of states in [-1, 1]. accuracy: by the judge, which is never a reward. reward: log-probability of
 the wanted digit by another classifier; last column: paired difference with its 95 % interval."""
+IMAGES = """\
+FD: Frechet distance to other
+images of the reference, in the features of {features}; FD to reference: to its images of the same noise. RMSE: root mean
+squared difference to the reference on the same noise, of latents. {judges}: by judges, which are never the reward. reward:
+{reward}; last column: paired difference with its 95 % interval."""
 
 
-def report(*, samplers: dict[str, Sampler], report: Report) -> None:
+def report(*, samplers: dict[str, Sampler], metrics: Metrics, refs: Refs) -> None:
     """Write results/report.md, and results/report.html, which also holds pictures, curves and the stages' times.
 
     The page is not an output for DVC to keep: times differ from run to run.
     """
-    results, scores = {}, {}
+    results, scores, values = {}, {}, dict[str, Any]()
     for name in samplers:
         with reading(SCORES / f"{name}.safetensors") as file:
-            scores[name], _ = read_tensors(file)
+            scores[name], values = read_tensors(file)
         with reading(RESULTS / f"{name}.json") as file:
             results[name] = json.loads(file.read_text())
             require(file, "n", results[name]["n"], len(scores[next(iter(samplers))]["reward"]))
     with reading(HELD_OUT) as file:
         held_out = json.loads(file.read_text())
-    rows = [row(name, results[name], scores[name], scores[BASE]) for name in samplers]
-    legend = LEGEND.format(n=results[BASE]["n"])
+    real, columns = isinstance(refs, RealImages), columns_of(metrics.judges)
+    names = {"features": metrics.features, "judges": ", ".join(metrics.judges), "reward": metrics.reward}
+    rows = [row(name, results[name], scores[name], scores[BASE], metrics.judges) for name in samplers]
+    legend = COST.format(n=results[BASE]["n"]) + (DIGITS if real else IMAGES.format(**names))
     classical = [name for name, sampler in samplers.items() if sampler.solver != "predictor"]
-    findings = [*compare(results, scores, classical), real_digits(held_out)]
-    text = "\n".join([markdown_table(COLUMNS, rows), "", legend, "", *(f"- {finding}" for finding in findings), ""])
+    findings = [*compare(results, scores, classical, metrics.judges), unseen(held_out, metrics.judges, real)]
+    text = "\n".join([markdown_table(columns, rows), "", legend, "", *(f"- {finding}" for finding in findings), ""])
     with atomic(MARKDOWN) as temporary:
         temporary.write_text(text, encoding="utf-8")
     times = stage_times(samplers)
     page = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True).get_template("report.html")
     html = page.render(
         report=sha256(MARKDOWN),
-        columns=COLUMNS,
+        columns=columns,
         rows=rows,
         legend=legend,
         findings=findings,
-        pictures={name: picture(name, report.pictures) for name in samplers},
+        pictures={name: picture(scores[name]["pictures"]) for name in samplers},
+        height=min(SHOWN, scores[BASE]["pictures"].shape[2]),
+        prompts=values["prompts"],
         curves=[distillation_curve(), rdpo_curve()],
         times=times,
     )
@@ -81,7 +83,14 @@ def report(*, samplers: dict[str, Sampler], report: Report) -> None:
     print(f"\n{PAGE}")
 
 
-def row(name: str, result: dict[str, Any], scores: dict[str, Tensor], base: dict[str, Tensor]) -> list[str]:
+def columns_of(judges: Sequence[str]) -> list[str]:
+    """The table's head."""
+    return ["sampler", "serial", "total", "FD", "FD to reference", "RMSE", *judges, "reward", f"reward - {BASE}"]
+
+
+def row(
+    name: str, result: dict[str, Any], scores: dict[str, Tensor], base: dict[str, Tensor], judges: Sequence[str]
+) -> list[str]:
     """One line of the table."""
 
     def cell(key: str, digits: int) -> str:
@@ -95,13 +104,15 @@ def row(name: str, result: dict[str, Any], scores: dict[str, Tensor], base: dict
         cell("frechet_distance", 2),
         "0" if reference else cell("distance_to_reference", 3),
         "0" if reference else cell("rmse", 4),
-        cell("accuracy", 4),
+        *(cell(judge, 4) for judge in judges),
         cell("reward", 4),
         "0" if name == BASE else interval(*paired(scores["reward"], base["reward"]), 4),
     ]
 
 
-def compare(results: dict[str, Any], scores: dict[str, dict[str, Tensor]], classical: list[str]) -> list[str]:
+def compare(
+    results: dict[str, Any], scores: dict[str, dict[str, Tensor]], classical: list[str], judges: Sequence[str]
+) -> list[str]:
     """The two comparisons that the table is made for."""
     findings = []
     serial = results[BASE]["serial_evaluations"]
@@ -119,21 +130,20 @@ def compare(results: dict[str, Any], scores: dict[str, dict[str, Tensor]], class
     change = results["rdpo"]["frechet_distance"] - results[BASE]["frechet_distance"]
     half = 1.96 * (distances[0] - distances[1]).std().item()
     gain = interval(*paired(scores["rdpo"]["reward"], scores[BASE]["reward"]), 4)
-    accuracy = interval(*paired(scores["rdpo"]["accuracy"], scores[BASE]["accuracy"]), 4)
-    findings.append(
-        f"rdpo less {BASE}, paired: reward {gain}, FD {interval(change, half, 3)}, accuracy by the judge {accuracy}."
-    )
+    judged = [f"{judge} by the judge {interval(*paired(scores['rdpo'][judge], scores[BASE][judge]), 4)}" for judge in judges]
+    findings.append(f"rdpo less {BASE}, paired: reward {gain}, FD {interval(change, half, 3)}, {', '.join(judged)}.")
     return findings
 
 
-def real_digits(held_out: dict[str, Any]) -> str:
-    """What the digits that no network has seen score, as a measure for the samplers' scores."""
-    accuracy, reward, found = (
-        f"{held_out[key]:.{digits}f} ± {1.96 * held_out[f'{key}_se']:.{digits}f}"
-        for key, digits in (("accuracy", 4), ("reward", 4), ("frechet_distance", 2))
-    )
+def unseen(held_out: dict[str, Any], judges: Sequence[str], real: bool) -> str:
+    """What images that no network has seen score, as a measure for the samplers' scores."""
+    names = {**{judge: judge for judge in judges}, "reward": "reward", "frechet_distance": "FD"}
+    found = [
+        f"{name} {held_out[key]:.{digits}f} ± {1.96 * held_out[f'{key}_se']:.{digits}f}"
+        for (key, name), digits in zip(names.items(), [4] * (len(names) - 1) + [2], strict=True)
+    ]
     return (
-        f"Held-out real digits (n = {held_out['n']}): accuracy {accuracy}, reward {reward}, FD {found} "
+        f"{'Held-out real digits' if real else 'Other images of the reference'} (n = {held_out['n']}): {', '.join(found)} "
         "(not to be compared with the table's: a distance is larger for a smaller n)."
     )
 
@@ -168,13 +178,13 @@ def stage_times(samplers: Iterable[str]) -> list[list[str]]:
     return [*lines, *missing, ["total", f"{sum(time['seconds'] for _, time in found):.1f}", ""]]
 
 
-def picture(sampler: str, count: int) -> str:
-    """The first images of a sampler's archive side by side, as a PNG for an HTML page."""
-    with reading(SAMPLES / f"{sampler}.safetensors") as file:
-        images = Digits.decode(read_tensors(file)[0]["states"][:count])
-    strip = torch.cat([torch.nn.functional.pad(image, (0, 1), value=1.0) for image in images[:, 0]], 1)  # a white gap
+def picture(images: Tensor) -> str:
+    """One sampler's first images, uint8 (n, C, H, W), side by side with a white gap."""
+    if images.shape[2] > SHOWN:
+        images = interpolate(images.float(), scale_factor=SHOWN / images.shape[2], mode="area").round().to(torch.uint8)
+    strip = torch.cat([pad(image, (0, 1), value=255) for image in images], 2)  # (C, H, n (W + 1))
     buffer = io.BytesIO()
-    Image.fromarray((strip * 255).round().to(torch.uint8).numpy()).save(buffer, "png")
+    Image.fromarray(strip.permute(1, 2, 0).squeeze(2).numpy()).save(buffer, "png")
     return embedded(buffer.getvalue(), "image/png")
 
 

@@ -10,12 +10,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from backends import Backend, counted_denoiser
+from backends import counted_denoiser
 from metrics import Scorer
 from solvers import Checkpointed, Counter, Deduplicated, Draw, Policy, Predictor, integrate
 from solvers.families import Table
 from stages.files import FAILED, RolloutError, StageError, write_tensors
-from stages.noise import noise, prompts
+from stages.frozen import Frozen
+from stages.noise import noise
 from stages.ranks import RANK
 
 Grouping = Literal["shared", "prompt", "mixed"]
@@ -33,14 +34,14 @@ class Rollouts:
     """Samples from the frozen model by any table in place of the distilled predictor's, and scores the images.
 
     Args:
-        backend, reward: the model, and what is to be raised.
+        frozen, reward: the model with its prompts, and what is to be raised.
         distilled: says grid, guidance scale and AFS.
         seed: of the noise.
         batch_size: images at a time; changes the speed only.
     """
 
-    def __init__(self, backend: Backend, reward: Scorer, distilled: Predictor, seed: int, batch_size: int) -> None:
-        self.backend = backend
+    def __init__(self, frozen: Frozen, reward: Scorer, distilled: Predictor, seed: int, batch_size: int) -> None:
+        self.backend, self.prompts = frozen.backend, frozen.prompts
         self.reward = reward
         self.distilled = distilled
         self.seed = seed
@@ -53,9 +54,10 @@ class Rollouts:
         `checkpointed` the counter goes on in the backward pass, which evaluates the network again.
         """
         predictor = replace(self.distilled, table=table)
-        denoise, counter = counted_denoiser(self.backend, wanted, predictor.guidance_scale)
+        negative = [self.prompts.negative] * len(wanted)
+        denoise, counter = counted_denoiser(self.backend, wanted, predictor.guidance_scale, negative)
         denoise = Checkpointed(denoise) if checkpointed else Deduplicated(denoise, len(start) // len(wanted))
-        x = integrate(denoise, predictor, predictor.sigmas[0] * start, predictor.sigmas)
+        x = integrate(denoise, predictor, self.backend.spec.state(predictor.sigmas[0] * start), predictor.sigmas)
         return self.backend.decode(x), counter
 
     def score(self, images: Tensor, wanted: Sequence[str]) -> Tensor:
@@ -81,7 +83,7 @@ class Rollouts:
         """
         mine_of = {name: numbers.unflatten(0, (tables, -1))[:, mine] for name, numbers in draw.items()}  # (k, G', N, n)
         samples = range(iteration * groups, (iteration + 1) * groups)[mine]
-        wanted, start = prompts(samples), self._noise(samples, tables, grouping)
+        wanted, start = self.prompts("train", samples), self._noise(samples, tables, grouping)
         size, rows, pending = max(1, self.batch_size // tables), 0, list[Future[Tensor]]()
         with kept(f"rdpo-{iteration}", {"start": start, **mine_of}, wanted), ThreadPoolExecutor(1) as scorer, torch.no_grad():
             for part in (slice(first, first + size) for first in range(0, len(samples), size)):
@@ -134,6 +136,8 @@ def kept(name: str, tensors: dict[str, Tensor], wanted: Sequence[str]) -> Iterat
     """Write tensors and prompts to data/failed where what is done with them fails, and say where."""
     try:
         yield
+    except (torch.OutOfMemoryError, MemoryError):  # nothing is wrong with the batch but its size
+        raise
     except Exception as error:
         file = FAILED / f"{name}-rank{RANK}.safetensors"
         write_tensors(file, tensors, {"prompts": list(wanted), "error": traceback.format_exc()})

@@ -5,13 +5,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from backends import Backend, Digits, Spec, counted_denoiser
-from solvers import AFS, SOLVERS, Solver, integrate, load_predictor
-from stages.command import command, progress
-from stages.files import BACKBONE, SAMPLES, reading, sha256, write_tensors
-from stages.grid import grid
-from stages.noise import batches, fresh_noise, noise, prompts
-from stages.params import Classical, Distill, Learned, Sample, Sampler, classical_nodes, serial_evaluations
+from solvers import load_predictor
+from stages.checkpoint import Work
+from stages.command import command
+from stages.files import SAMPLES, reading, write_tensors
+from stages.frozen import RECORD, load_frozen
+from stages.params import Classical, Compute, Distill, Learned, Sample, Sampler, serial_evaluations
+from stages.parts import by_parts, forget
+from stages.ranks import Ranks
+from stages.sampling import Run, classical_solver, cost
+from stages.seeds import parse_seeds
 
 
 def sample(
@@ -21,53 +24,46 @@ def sample(
     num_steps: int,
     afs: bool,
     guidance_scale: float,
+    compute: Compute,
     distill: Distill,
     samplers: dict[str, Sampler],
     sample: Sample,
 ) -> None:
-    """Write the final states (n, C, H, W), and what they cost. SAMPLER is one of params.yaml's samplers."""
-    with reading(BACKBONE):
-        backend = Digits.load(BACKBONE / "unet.safetensors")
-    match samplers[sampler]:
-        case Classical() as classical:
+    """Write the final states (n, ...), their samples, and what they cost. SAMPLER is one of params.yaml's samplers.
+
+    Under torchrun the ranks split the samples.
+    """
+    ranks, name, seeds = Ranks(), f"sample@{sampler}", parse_seeds(sample.seeds)
+    chosen, inputs = samplers[sampler], [RECORD]
+    frozen = load_frozen(guidance_scale, compute, {"test": seeds})
+    match chosen:
+        case Classical():
             serial = serial_evaluations(num_steps, afs, distill)
-            solver, sigmas = classical_solver(classical, serial, backend.spec)
+            solver, sigmas = classical_solver(chosen, serial, frozen.backend.spec)
         case Learned(model=model):
             with reading(Path(model)) as folder:
-                revision = sha256(BACKBONE / "unet.safetensors")
-                solver = load_predictor(folder, revision=revision, guidance_scale=guidance_scale)
+                solver = load_predictor(
+                    folder,
+                    backbone=frozen.identity.name,
+                    revision=frozen.identity.revision,
+                    guidance_scale=guidance_scale,
+                )
+                inputs += sorted(folder.iterdir())
             sigmas = solver.sigmas
-    states, depths, rows = [], set[int](), 0
-    for batch in progress(batches(sample.images, sample.batch_size), f"sample {sampler}", "batch"):
-        x, batch_serial, batch_rows = run(backend, solver, sigmas, guidance_scale, seed, "test", batch)
-        states.append(x)
-        depths.add(batch_serial)
-        rows += batch_rows
-    (depth,) = depths
-    cost = {"serial_evaluations": depth, "total_evaluations": rows / sample.images}
-    write_tensors(SAMPLES / f"{sampler}.safetensors", {"states": torch.cat(states)}, cost)
+    run = Run(solver, sigmas, guidance_scale, seed)
+    params = {"seed": seed, "guidance_scale": guidance_scale, "sigmas": str(sigmas.tolist())}
+    work = Work({**params, "sampler": chosen, "sample": sample}, inputs, {"batch_size"})
 
+    def states(batch: range) -> dict[str, Tensor]:
+        return run.states(frozen, "test", [seeds[position] for position in batch])
 
-@torch.no_grad()
-def run(
-    backend: Backend, solver: Solver, sigmas: Tensor, guidance_scale: float, seed: int, split: str, samples: range
-) -> tuple[Tensor, int, int]:
-    """Final states (B, C, H, W) of the given samples, the serial evaluations, and the network's rows of all images."""
-    denoise, counter = counted_denoiser(backend, prompts(samples), guidance_scale)
-    start = sigmas[0] * noise(seed, split, samples, backend.spec.shape)
-    fresh = fresh_noise(seed, split, samples, backend.spec.shape)
-    return integrate(denoise, solver, start, sigmas, fresh), counter.depth, counter.rows
-
-
-def classical_solver(sampler: Classical, serial: int, spec: Spec) -> tuple[Solver, Tensor]:
-    """A classical solver and its grid; without num_steps of its own, of so many serial evaluations."""
-    found = classical_nodes(sampler, serial)
-    if found is None:
-        raise ValueError(f"serial: {serial}; valid: a number of evaluations that {sampler.solver} can make")
-    num_steps, afs = found
-    solver = SOLVERS[sampler.solver]
-    return AFS(solver) if afs else solver, grid(sampler.schedule, num_steps, spec)
+    rows = by_parts(name, work, ranks, len(seeds), sample.batch_size, states)
+    if rows is not None:
+        tensors = {"states": rows["states"], "samples": torch.tensor(seeds)}
+        write_tensors(SAMPLES / f"{sampler}.safetensors", tensors, cost(rows))
+        forget(name)
+    ranks.close()
 
 
 if __name__ == "__main__":
-    command(sample)
+    command(sample, has_ranks=True)

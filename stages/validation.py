@@ -10,7 +10,7 @@ from metrics import Scorer
 from metrics.frechet import Frechet, Statistics, distance, statistics
 from solvers import Drawable
 from stages.files import RolloutError
-from stages.noise import batches, noise, prompts
+from stages.noise import batches, noise
 from stages.ranks import Ranks
 from stages.rollouts import Rollouts, checked, kept, tensors_of
 from stages.statistics import half_interval
@@ -117,7 +117,8 @@ class Validation:
         rows = 0
         for batch in batches(len(mine), self.rollouts.batch_size):
             samples = mine[batch.start : batch.stop]
-            wanted, start = prompts(samples), noise(self.seed, "validation", samples, self.rollouts.backend.spec.shape)
+            wanted = self.rollouts.prompts("validation", samples)
+            start = noise(self.seed, "validation", samples, self.rollouts.backend.spec.shape)
             with kept(f"rdpo-{iteration}-validation", {"start": start, **tensors_of(table)}, wanted):
                 images, counter = self.rollouts.images(table, start, wanted)
                 scores = {name: checked(name, scorer(images, wanted), wanted) for name, scorer in scorers.items()}
@@ -126,7 +127,11 @@ class Validation:
         every = {name: self.ranks.gather(torch.cat([part[name] for part in parts]), self.samples) for name in parts[0]}
         self.rows += self.ranks.sum(torch.tensor(float(rows), dtype=torch.float64)).item()
         features = every.pop("features")
-        with kept(f"rdpo-{iteration}-validation", {**every, **tensors_of(table)}, prompts(range(self.samples))):
+        with kept(
+            f"rdpo-{iteration}-validation",
+            {**every, **tensors_of(table)},
+            self.rollouts.prompts("validation", range(self.samples)),
+        ):
             check_spread(every)
             found = distance(statistics(features), self.watch.refs)
             if not math.isfinite(found):

@@ -1,0 +1,144 @@
+"""What the stage `backbone` made, as the others use it: the frozen model and its prompts."""
+
+import json
+import os
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backends import Backend, Digits, counted_denoiser
+from solvers import Backbone, Counter, Denoiser
+from stages.files import BACKBONE, InputError, reading, write_json
+from stages.params import Compute, Weights
+from stages.prompts import Prompts
+
+RECORD, PROMPTS = BACKBONE / "backbone.json", BACKBONE / "prompts.json"
+UNET, DATA = "unet.safetensors", "digits.safetensors"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What lies in models/backbone.
+
+    Attributes:
+        name: the family of the model.
+        identity: which model it is.
+        settings: of a pipeline: what else it is loaded with.
+        weights: of the pipeline, and of metrics by their names: where they came from, and their sha256.
+        reward, judges, features: names of metrics; `features` are those of Frechet distances.
+        sha256: of the list of the other files.
+    """
+
+    name: str
+    identity: Backbone
+    settings: dict[str, Any]
+    weights: dict[str, dict[str, Any]]
+    reward: str
+    judges: list[str]
+    features: str
+    sha256: str
+
+    @classmethod
+    def load(cls) -> "Record":
+        """ValueError where it is not what `save` writes."""
+        found = json.loads(RECORD.read_text(encoding="utf-8"))
+        try:
+            return cls(**{**found, "identity": Backbone(**found["identity"])})
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"{RECORD}: {error}; valid: what stage backbone writes") from error
+
+    def save(self, file: Path) -> None:
+        write_json(file, asdict(self))
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A model, what it is asked for, and which one it is."""
+
+    backend: Backend
+    prompts: Prompts
+    identity: Backbone
+
+    def denoiser(self, split: str, samples: Iterable[int], guidance_scale: float) -> tuple[Denoiser, Counter]:
+        """The guided denoiser of the prompts of given samples of a split, and the counter of what it costs."""
+        wanted = self.prompts(split, samples)
+        return counted_denoiser(self.backend, wanted, guidance_scale, [self.prompts.negative] * len(wanted))
+
+
+def load_frozen(guidance_scale: float, compute: Compute, samples: Mapping[str, Iterable[int]]) -> Frozen:
+    """The frozen model, ready to sample.
+
+    Args:
+        guidance_scale: that it is shown, if it is a model that is shown one.
+        compute: where and how it runs.
+        samples: by split, all that will be asked for: their prompts are encoded first where encoders are then dropped.
+
+    Raises:
+        InputError: it is missing, or not what stage backbone writes.
+    """
+    device = device_of(compute)
+    with reading(BACKBONE):
+        record, prompts = Record.load(), Prompts.load(PROMPTS)
+        if record.name == "digits":
+            return Frozen(Digits.load(BACKBONE / UNET), prompts, record.identity)
+        from backends.load import load_backend  # diffusers takes seconds, which digits need not wait for
+
+        folder, options = pipeline_of(record)
+        options |= {"device": device, "offload": compute.offload, "slicing": compute.slicing}
+        backend = load_backend(record.name, folder, guidance_scale=guidance_scale, **options)
+        if compute.drop_text_encoders:
+            wanted = [prompt for split, indices in samples.items() for prompt in prompts(split, indices)]
+            backend.keep_texts([*wanted, prompts.negative])
+        return Frozen(backend, prompts, record.identity)
+
+
+def load_decoder(compute: Compute) -> Callable[[Tensor], Tensor]:
+    """The frozen model's decoder alone: states (B, ...) -> images (B, C, H, W) in [0, 1]."""
+    device = device_of(compute)
+    with reading(BACKBONE):
+        record = Record.load()
+        if record.name == "digits":
+            return Digits.decode
+        from backends import load
+
+        folder, options = pipeline_of(record)
+        return load.load_decoder(folder, options["dtype"], options["variant"], device, compute.slicing)
+
+
+def files_of(name: str, variant: str | None) -> Callable[[Collection[str], str], list[str]]:
+    """Which files a pipeline of a family reads."""
+    from backends.load import FAMILIES
+    from stages.fetch import pipeline_files
+
+    return lambda files, place: pipeline_files(files, FAMILIES[name].components, variant, place)
+
+
+def pipeline_of(record: Record) -> tuple[Path, dict[str, Any]]:
+    """The folder of the pipeline, fetched again where this machine has not got it, and what it is loaded with."""
+    from stages.weights import weights_folder  # what it takes to fetch, too
+
+    weights = Weights(**record.weights["pipeline"])
+    folder, _ = weights_folder(weights, files_of(record.name, weights.variant))
+    return folder, {**record.settings, "dtype": getattr(torch, record.settings["dtype"]), "variant": weights.variant}
+
+
+def device_of(compute: Compute) -> torch.device:
+    """Where pipelines and large metrics run: of several processes on a machine, each on the next of its GPUs.
+
+    Raises:
+        InputError: a GPU is asked for, and there is none.
+    """
+    there = torch.cuda.is_available()
+    if compute.device == "cuda" and not there:
+        raise InputError("compute.device: found cuda, and torch finds no such device here; valid: cpu, or auto")
+    if compute.device == "cpu" or not there:
+        if compute.offload:
+            raise InputError("compute.offload: found true, without a CUDA device to offload from; valid: false")
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device

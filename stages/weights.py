@@ -1,0 +1,75 @@
+"""Where this machine keeps the files of frozen models: each set once, by the sha256 of its list, outside of any workspace."""
+
+import hashlib
+import re
+from collections.abc import Callable, Collection
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import typer
+from huggingface_hub import constants
+
+from stages.bucket import S3
+from stages.fetch import FetchError, Folder, Origin, check_weights, checksums
+from stages.hub import Hub
+from stages.params import Weights
+from stages.remote import BUCKET
+
+STORE = Path(constants.HF_HOME) / "parasol"
+"""On the file system of the hub's cache, so that its files are linked, not copied."""
+
+Choice = Callable[[Collection[str], str], list[str]]
+"""Which files of those that there are are needed; the text names the place in errors."""
+
+
+def origin(source: str, id: str | None, revision: str | None) -> Origin:  # noqa: A002
+    """What a source names: hub, which needs a model's id and its revision, s3://BUCKET/PREFIX, or a folder."""
+    if source == "hub":
+        return Hub(id, revision)
+    if found := BUCKET.fullmatch(source):
+        return S3(found[1])
+    if not source or "://" in source:
+        shown = "a URL with credentials or a query in it" if re.search("[@?]", source) else repr(source)
+        raise FetchError(f"source: found {shown}; valid: hub, s3://BUCKET/PREFIX, or a folder's path")
+    return Folder(Path(source).expanduser())
+
+
+def weights_folder(weights: Weights, choose: Choice, check: Callable[[Path], None] = lambda _: None) -> tuple[Path, str]:
+    """The folder of a model's files, fetched where this machine has not got them, and the sha256 of their list.
+
+    Args:
+        weights: where they come from. With a sha256, files that are here need neither network nor source.
+        choose: which files.
+        check: of a folder that has all of them but the weights, before gigabytes follow; raises ValueError.
+
+    Raises:
+        FetchError: they cannot be had, are damaged, or not those that were asked for.
+    """
+    if weights.sha256 is not None and (STORE / weights.sha256).is_dir():
+        return STORE / weights.sha256, weights.sha256
+    source = origin(weights.source, weights.id, weights.revision)
+    files = choose(source.files(), source.place)
+    large = [file for file in files if file.endswith(".safetensors")]
+    STORE.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=STORE) as work:
+        folder = Path(work) / "files"
+        source.get([file for file in files if file not in large], folder)
+        try:
+            check(folder)
+        except ValueError as error:
+            raise FetchError(f"{source.place}: {str(error).replace(f'{folder}/', '')}") from error
+        source.get(large, folder)
+        check_weights(folder)
+        found = listed(folder)
+        if weights.sha256 not in (None, found):
+            raise FetchError(f"{source.place}: sha256 of the files' list {found}; valid: {weights.sha256}, as asked for")
+        if not (STORE / found).is_dir():
+            folder.rename(STORE / found)
+    typer.echo(f"{source.place}: {len(files)} files, sha256 of their list {found}", err=True)
+    return STORE / found, found
+
+
+def listed(folder: Path) -> str:
+    """The sha256 of the list that sha256sum makes of a folder's files, sorted by their paths."""
+    lines = "".join(f"{digest}  {path}\n" for path, digest in checksums(folder).items())
+    return hashlib.sha256(lines.encode()).hexdigest()
