@@ -16,12 +16,13 @@ import time
 import torch
 from torch import Tensor
 
-from backends import Digits
 from metrics.frechet import JUDGE, Frechet, bootstrap_distances, distance, statistics
 from solvers import SOLVERS, integrate, parallel_integrate, time_uniform
 from solvers.parallel import Init
 from stages.files import BACKBONE
-from stages.noise import batches, fresh_noise, noise, prompts
+from stages.frozen import Frozen, load_frozen
+from stages.noise import batches, fresh_noise, noise
+from stages.params import load_params
 
 SEED, SAMPLES, BATCH = 0, 128, 32
 RUNS = [  # solver, steps, tolerances; the grid is that of the variance-preserving process, uniform in time
@@ -47,13 +48,14 @@ METHODS: dict[str, Init] = {"ParaDiGMS": "copy", "ParaSolver": "x0"}
 
 
 def main() -> None:
-    backend = Digits.load(BACKBONE / "unet.safetensors")
+    frozen = load_frozen(1.0, load_params().compute, {})
+    backend = frozen.backend
     frechet = Frechet(JUDGE, BACKBONE / "judge.safetensors")
     print(INTRODUCTION)
     for name, steps, tolerances in RUNS:
         sigmas = time_uniform(steps + 1, backend.spec.sigma_min, backend.spec.sigma_max)
         started = time.perf_counter()
-        expected = torch.cat([sequential(backend, name, sigmas, part) for part in batches(SAMPLES, BATCH)])
+        expected = torch.cat([sequential(frozen, name, sigmas, part) for part in batches(SAMPLES, BATCH)])
         seconds = time.perf_counter() - started
         print(f"| {name} | {steps} | sequential | | | {steps} | {steps} | 0 | 0 | {seconds:.0f} |", flush=True)
         features = frechet.features(backend.decode(expected))
@@ -62,7 +64,7 @@ def main() -> None:
                 started = time.perf_counter()
                 found, taken = [], []
                 for part in batches(SAMPLES, BATCH):
-                    x, denoise, fresh = start_of(backend, sigmas, part)
+                    x, denoise, fresh = start_of(frozen, sigmas, part)
                     x, statistics_of = parallel_integrate(
                         denoise, SOLVERS[name], x, sigmas, WINDOW, tolerance, init, noise=fresh
                     )
@@ -80,15 +82,15 @@ def main() -> None:
                 print("| " + " | ".join(cells) + " |", flush=True)
 
 
-def start_of(backend: Digits, sigmas: Tensor, samples: range):
+def start_of(frozen: Frozen, sigmas: Tensor, samples: range):
     """State, denoiser and the steps' noise of some samples."""
-    shape = backend.spec.shape
+    shape = frozen.backend.spec.shape
     start = sigmas[0] * noise(SEED, "validation", samples, shape)
-    return start, backend.denoiser(prompts(samples)), fresh_noise(SEED, "validation", samples, shape)
+    return start, frozen.denoiser("validation", samples, 1.0)[0], fresh_noise(SEED, "validation", samples, shape)
 
 
-def sequential(backend: Digits, name: str, sigmas: Tensor, samples: range) -> Tensor:
-    x, denoise, fresh = start_of(backend, sigmas, samples)
+def sequential(frozen: Frozen, name: str, sigmas: Tensor, samples: range) -> Tensor:
+    x, denoise, fresh = start_of(frozen, sigmas, samples)
     return integrate(denoise, SOLVERS[name], x, sigmas, fresh)
 
 

@@ -28,7 +28,6 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-from backends import Digits
 from metrics import Scorer
 from metrics.accuracy import Accuracy
 from metrics.frechet import JUDGE, Frechet, bootstrap_distances, distance, load_statistics, statistics
@@ -36,8 +35,9 @@ from metrics.log_probability import LogProbability
 from solvers import Draw, Drawable, Policy, load_predictor
 from stages.draws import at_quantiles, drawn, numbers_of
 from stages.files import BACKBONE, DISTILLED, REFS, sha256, write_json
+from stages.frozen import Frozen, load_frozen
 from stages.methods import METHODS, Method, advantages
-from stages.noise import batches, noise, prompts
+from stages.noise import batches, noise
 from stages.params import RDPO, load_params
 from stages.ranks import Ranks
 from stages.rdpo import new_policy
@@ -74,11 +74,11 @@ DEPLOYED: dict[str, dict[str, Any]] = {
 
 
 @cache
-def parts() -> tuple[Digits, LogProbability, Any]:
+def parts() -> tuple[Frozen, LogProbability, Any]:
     """The frozen model, the reward, the distilled predictor."""
     torch.set_num_threads(1)
     return (
-        Digits.load(BACKBONE / "unet.safetensors"),
+        load_frozen(1.0, load_params().compute, {}),
         LogProbability(BACKBONE / "reward.safetensors"),
         load_predictor(DISTILLED),
     )
@@ -106,21 +106,21 @@ def digest(changes: dict[str, Any]) -> str:
 
 
 def method_of(changes: dict[str, Any], seed: int, offset: float) -> Method:
-    backend, reward, distilled = parts()
+    frozen, reward, distilled = parts()
     chosen = settings(changes)
-    rollouts = Rollouts(backend, Offset(reward, offset) if offset else reward, distilled, seed, 512)
+    rollouts = Rollouts(frozen, Offset(reward, offset) if offset else reward, distilled, seed, 512)
     return METHODS[chosen.method](new_policy(distilled.table, chosen, seed), rollouts, Ranks(), chosen, seed)
 
 
 @torch.no_grad()
 def scores(table: Drawable, split: str, samples: int, scorers: dict[str, Scorer]) -> dict[str, Tensor]:
     """Of the images of one table, by name of the scorer."""
-    backend, reward, distilled = parts()
-    rollouts = Rollouts(backend, reward, distilled, SEED, 512)
+    frozen, reward, distilled = parts()
+    rollouts = Rollouts(frozen, reward, distilled, SEED, 512)
     found: dict[str, list[Tensor]] = {name: [] for name in scorers}
     for batch in batches(samples, 512):
-        wanted = prompts(batch)
-        images, _ = rollouts.images(table, noise(SEED, split, batch, backend.spec.shape), wanted)
+        wanted = frozen.prompts(split, batch)
+        images, _ = rollouts.images(table, noise(SEED, split, batch, frozen.backend.spec.shape), wanted)
         for name, scorer in scorers.items():
             found[name].append(scorer(images, wanted))
     return {name: torch.cat(values) for name, values in found.items()}

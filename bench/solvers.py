@@ -30,15 +30,15 @@ from pydantic import TypeAdapter
 from torch import Tensor
 from tqdm import tqdm
 
-from backends import Digits
 from metrics.accuracy import Accuracy
 from metrics.frechet import JUDGE, Frechet, bootstrap_distances, distance, load_statistics, resampled, statistics
 from solvers import AFS, SOLVERS, Predictor, Solver, load_predictor, save_predictor
 from stages import params
 from stages.distill import Learned, Sampling, closed_form, end_error, learn, new_student
 from stages.files import BACKBONE, REFS, read_tensors, write_json, write_tensors
+from stages.frozen import Frozen, load_frozen
 from stages.grid import grid
-from stages.noise import batches, prompts
+from stages.noise import batches
 from stages.params import (
     Classical,
     Distill,
@@ -47,9 +47,10 @@ from stages.params import (
     Schedule,
     TimeUniform,
     classical_nodes,
+    load_params,
     serial_evaluations,
 )
-from stages.sample import run
+from stages.sampling import Run
 from stages.teacher import run as teach
 from stages.training import seeded
 
@@ -97,15 +98,19 @@ class Bench:
     """The units of work. What one has made is kept in the folder under its name: to do it again, remove it."""
 
     folder: Path
-    backend: Digits
+    frozen: Frozen
     guidance_scale: float = 1.0
+
+    def run(self, solver: Solver, sigmas: Tensor, split: str, samples: range) -> dict[str, Tensor]:
+        """End points of given samples, and their cost."""
+        return Run(solver, sigmas, self.guidance_scale, SEED).states(self.frozen, split, samples)
 
     def reference(self, split: str, samples: range) -> Tensor:
         """End points of 256 steps of Heun's method."""
-        sigmas = grid(SCHEDULES["time_uniform 2"], 257, self.backend.spec)
+        sigmas = grid(SCHEDULES["time_uniform 2"], 257, self.frozen.backend.spec)
 
         def make() -> Tensor:
-            return run(self.backend, SOLVERS["heun"], sigmas, self.guidance_scale, SEED, split, samples)[0]
+            return self.run(SOLVERS["heun"], sigmas, split, samples)["states"]
 
         return self._tensor(f"reference-{split}-{samples.start}-{samples.stop}", make)
 
@@ -118,11 +123,11 @@ class Bench:
     def teacher(self, split: str, samples: int, schedule: str, num_steps: int) -> tuple[Tensor, Tensor]:
         """The nodes of a student's grid, and Heun's states there on a grid of 48 intervals or somewhat more."""
         every = -(-48 // (num_steps - 1))
-        fine = grid(SCHEDULES[schedule], every * (num_steps - 1) + 1, self.backend.spec)
+        fine = grid(SCHEDULES[schedule], every * (num_steps - 1) + 1, self.frozen.backend.spec)
 
         def make() -> Tensor:
             parts = [
-                teach(self.backend, self.guidance_scale, SOLVERS["heun"], fine, SEED, split, part)[:, ::every]
+                teach(self.frozen, self.guidance_scale, SOLVERS["heun"], fine, SEED, split, part)[:, ::every]
                 for part in batches(samples, 256)
             ]
             return torch.cat(parts)
@@ -132,7 +137,7 @@ class Bench:
     def chosen_classical(self, budget: int, solver: str) -> dict[str, Any] | None:
         """The schedule and AFS of the least validation error, with that; None where no grid makes so many evaluations."""
         grids = [
-            (name, afs, grid(schedule, nodes[0], self.backend.spec))
+            (name, afs, grid(schedule, nodes[0], self.frozen.backend.spec))
             for name, schedule in SCHEDULES.items()
             for afs in (False, True)
             if (nodes := classical_nodes(classical(solver, schedule, afs), budget)) is not None
@@ -145,7 +150,7 @@ class Bench:
         return min(found, key=lambda choice: choice["rmse"], default=None)
 
     def _rmse(self, solver: Solver, sigmas: Tensor, wanted: Tensor) -> float:
-        states = run(self.backend, solver, sigmas, self.guidance_scale, SEED, "validation", range(len(wanted)))[0]
+        states = self.run(solver, sigmas, "validation", range(len(wanted)))["states"]
         return (states - wanted).square().mean().sqrt().item()
 
     def learned(self, budget: int, family: str) -> dict[str, Any]:
@@ -160,35 +165,36 @@ class Bench:
         learned = self._train(settings, schedule, num_steps)
         folder = self.folder / f"predictor-{budget}-{family}"
         folder.mkdir(exist_ok=True)
-        backbone = Digits.identity(BACKBONE / "unet.safetensors")
-        save_predictor(Predictor(learned.table, learned.sigmas, True, backbone, self.guidance_scale, {}), folder)
+        save_predictor(Predictor(learned.table, learned.sigmas, True, self.frozen.identity, self.guidance_scale, {}), folder)
         where = {"predictor": str(folder), "settings": settings.model_dump()}
         return {"schedule": schedule, "afs": True, "num_steps": num_steps, **where}
 
     def _train(self, settings: Distill, schedule: str, num_steps: int) -> Learned:
         sigmas, train = self.teacher("train", TRAIN, schedule, num_steps)
         _, validation = self.teacher("validation", VALIDATION, schedule, num_steps)
-        sampling = Sampling(self.backend, self.guidance_scale, True, sigmas)
+        sampling = Sampling(self.frozen, self.guidance_scale, True, sigmas)
         if isinstance(settings, params.DODE):
-            return closed_form(sampling, train, validation)
+            return closed_form(sampling, train, validation, settings.batch_size)
         with torch.enable_grad():
-            student = seeded(SEED, "student", lambda: new_student(settings, sigmas, self.backend.spec.features))
+            student = seeded(SEED, "student", lambda: new_student(settings, sigmas, self.frozen.backend.spec.features))
             return learn(student, sampling, train, validation, settings, end_error, SEED)
 
     def tested(self, name: str, choice: dict[str, Any]) -> dict[str, Any]:
         """What a chosen sampler makes of the test noise; its squared errors and resampled distances are kept."""
         solver, sigmas = self.sampler(name, choice)
-        parts = [run(self.backend, solver, sigmas, self.guidance_scale, SEED, "test", part) for part in batches(TEST, PART)]
-        states = torch.cat([x for x, _, _ in parts])
+        parts = [self.run(solver, sigmas, "test", part) for part in batches(TEST, PART)]
+        states = torch.cat([part["states"] for part in parts])
         wanted = torch.cat([self.reference("test", part) for part in batches(TEST, PART)])
         squared = (states - wanted).square().flatten(1).mean(1)
         frechet = Frechet(JUDGE, BACKBONE / "judge.safetensors")
-        features, reference = (frechet.features(self.backend.decode(x)) for x in (states, wanted))
+        features, reference = (frechet.features(self.frozen.backend.decode(x)) for x in (states, wanted))
         rmses = torch.stack([squared[rows].mean().sqrt() for rows in resampled(TEST, RESAMPLES)])
-        accuracy = Accuracy(BACKBONE / "judge.safetensors")(self.backend.decode(states), prompts(range(TEST)))
+        accuracy = Accuracy(BACKBONE / "judge.safetensors")(
+            self.frozen.backend.decode(states), self.frozen.prompts("test", range(TEST))
+        )
         return {
-            "serial": parts[0][1],
-            "total": sum(rows for _, _, rows in parts) / TEST,
+            "serial": int(parts[0]["serial"][0].item()),
+            "total": torch.cat([part["total"] for part in parts]).mean().item(),
             "rmse": squared.mean().sqrt().item(),
             "rmse_bootstrap": rmses.tolist(),
             "frechet": distance(statistics(features), statistics(reference)),
@@ -204,7 +210,7 @@ class Bench:
         if "predictor" in choice:
             predictor = load_predictor(choice["predictor"])
             return predictor, predictor.sigmas
-        return made(name, choice["afs"]), grid(SCHEDULES[choice["schedule"]], choice["num_steps"], self.backend.spec)
+        return made(name, choice["afs"]), grid(SCHEDULES[choice["schedule"]], choice["num_steps"], self.frozen.backend.spec)
 
     def seconds_per_image(self, name: str, choice: dict[str, Any]) -> float:
         """Of a batch of 64, the least of five."""
@@ -212,7 +218,7 @@ class Bench:
         times = []
         for _ in range(5):
             started = time.perf_counter()
-            run(self.backend, solver, sigmas, self.guidance_scale, SEED, "validation", range(64))
+            self.run(solver, sigmas, "validation", range(64))
             times.append(time.perf_counter() - started)
         return min(times) / 64
 
@@ -232,7 +238,7 @@ def unit(task: tuple[str, tuple[Any, ...]]) -> Any:
     method, arguments = task
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
-    bench = Bench(FOLDER, Digits.load(BACKBONE / "unet.safetensors"))
+    bench = Bench(FOLDER, load_frozen(1.0, load_params().compute, {}))
     if method == "reference":
         bench.reference(*arguments)
         return None
@@ -262,7 +268,7 @@ def main() -> None:
     tests = all_of("test", [("tested", (name, choice)) for (_, name), choice in choices.items()])
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
-    bench = Bench(FOLDER, Digits.load(BACKBONE / "unet.safetensors"))
+    bench = Bench(FOLDER, load_frozen(1.0, load_params().compute, {}))
     rows = [
         Row(budget, name, choice, test, bench.seconds_per_image(name, choice))
         for ((budget, name), choice), test in zip(tqdm(choices.items(), "seconds"), tests, strict=True)

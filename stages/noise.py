@@ -1,4 +1,4 @@
-"""The noise and the prompt of every sample, each a function of (seed, index) alone."""
+"""The noise of every sample, a function of (seed, index) alone."""
 
 from collections.abc import Iterable
 
@@ -33,8 +33,3 @@ def fresh_noise(seed: int, split: str, samples: Iterable[int], shape: tuple[int,
 def batches(samples: int, size: int) -> list[range]:
     """The samples 0 to samples - 1 in batches of that size, the last one smaller where it must be."""
     return [range(first, min(first + size, samples)) for first in range(0, samples, size)]
-
-
-def prompts(samples: Iterable[int]) -> list[str]:
-    """The digits in turn, one for each sample."""
-    return [str(sample % 10) for sample in samples]

@@ -1,5 +1,6 @@
 """Images of given samples by any solver: what the stages that sample have in common."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +24,7 @@ class Run:
     seed: int
 
     @torch.no_grad()
-    def states(self, frozen: Frozen, split: str, samples: list[int]) -> dict[str, Tensor]:
+    def states(self, frozen: Frozen, split: str, samples: Sequence[int]) -> dict[str, Tensor]:
         """Of each of B samples the final state (B, ...), and its cost, float64 (B,): serial evaluations, and network rows."""
         spec = frozen.backend.spec
         denoise, counter = frozen.denoiser(split, samples, self.guidance_scale)

@@ -11,8 +11,19 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from solvers import EPD, Backbone, EPDTable, Predictor, polynomial, save_predictor
+from stages.frozen import Frozen
+from stages.prompts import Prompts
 
 ROOT = Path(__file__).parents[2]
+
+TEN = Prompts({split: list("0123456789") for split in ("train", "validation", "test")}, "")
+"""The digits in turn."""
+
+
+def frozen_of(backend: Any) -> Frozen:
+    """A model that is asked for digits."""
+    return Frozen(backend, TEN, Backbone("mixture", None, "none"))
+
 
 Workspace = Callable[[dict[str, Any]], Path]
 
@@ -30,8 +41,9 @@ def small() -> dict[str, Any]:
     params["rdpo"] |= {"learning_rate": 1e-4}
     params["samplers"] = {name: params["samplers"][name] for name in ("reference", "euler", "heun", "distilled", "rdpo")}
     params["samplers"]["reference"]["num_steps"] = 5
-    params["sample"] |= {"images": 100, "batch_size": 64}
+    params["sample"] |= {"seeds": "0-99", "batch_size": 64}
     params["evaluate"] |= {"bootstrap": 20}
+    params["prompts"]["file"] = str(ROOT / params["prompts"]["file"])
     return params
 
 

@@ -18,7 +18,6 @@ from solvers import (
     SOLVERS,
     Denoiser,
     EPDTable,
-    FeatureDenoiser,
     Multistep,
     MultistepTable,
     load_predictor,
@@ -26,12 +25,12 @@ from solvers import (
     trajectory,
 )
 from stages import params
-from stages.distill import Relaxed, Sampling, closed_form, end_error, error_of, frozen, learn, new_student, norm
+from stages.distill import Relaxed, Sampling, closed_form, end_error, error_of, feature_error, frozen, learn, new_student, norm
 from stages.files import InputError
 
-from .conftest import ROOT, Workspace, run, small
+from .conftest import ROOT, Workspace, frozen_of, run, small
 
-ALL = sorted(file.stem for file in (ROOT / "conf/family").iterdir())
+ALL = sorted(file.stem for file in (ROOT / "conf/family").glob("*.yaml"))
 SMALL = {"iterations": 24, "batch_size": 16, "validate_every": 6}
 
 
@@ -49,7 +48,7 @@ def settings(family: str, **changes: Any) -> Any:
 class Featured(Gaussian):
     """A mixture that gives its state as a feature, as U-Nets give their bottleneck's."""
 
-    def denoiser(self, prompts: Any) -> FeatureDenoiser:
+    def denoiser(self, prompts: Any) -> Any:
         return Denoise(super().denoiser(prompts))
 
 
@@ -78,18 +77,26 @@ def trajectories(backend: Gaussian, num_steps: int, count: int, seed: int) -> tu
     return fine[::8].clone(), torch.stack(states[::8], 1)
 
 
+def sampling_of(backend: Gaussian, sigmas: Tensor) -> Sampling:
+    return Sampling(frozen_of(backend), 1.0, True, sigmas)
+
+
 def trained(backend: Gaussian, family: str, **changes: Any) -> Any:
     chosen = settings(family, **changes)
     num_steps = composed(family)["num_steps"]
     sigmas, train = trajectories(backend, num_steps, 64, seed=0)
     _, validation = trajectories(backend, num_steps, 64, seed=1)
-    sampling = Sampling(backend, 1.0, True, sigmas)
+    sampling = sampling_of(backend, sigmas)
     if isinstance(chosen, params.DODE):
-        return closed_form(sampling, train, validation), sampling, validation
+        return closed_form(sampling, train, validation, chosen.batch_size), sampling, validation
     sampling.checkpoint_calls = chosen.checkpoint_calls
     torch.manual_seed(0)
     student = new_student(chosen, sigmas, 4)
-    error = error_of(chosen.loss, backend, lambda images: images.flatten(1))
+    error = (
+        feature_error(backend, lambda images: images.flatten(1))
+        if chosen.loss == "features"
+        else error_of(chosen.loss, backend)
+    )
     return learn(student, sampling, train, validation, chosen, error, seed=0), sampling, validation
 
 
@@ -125,7 +132,7 @@ def test_any_callable_can_be_the_loss(backend: Gaussian) -> None:
         calls.append(len(states))
         return (states - targets)[:, -1].mean((1, 2, 3)).square()
 
-    learned = learn(new_student(chosen, sigmas, 4), Sampling(backend, 1.0, True, sigmas), train, train, chosen, blurred, 0)
+    learned = learn(new_student(chosen, sigmas, 4), sampling_of(backend, sigmas), train, train, chosen, blurred, 0)
     assert calls
     assert learned.chosen["iteration"] > 0
 
@@ -173,7 +180,7 @@ def test_s4s_alt_takes_turns(backend: Gaussian) -> None:
         return end_error(states, targets) * (torch.nan if moved and states.requires_grad else 1.0)
 
     with pytest.raises(FloatingPointError, match="iteration 2: loss"):
-        learn(learning, Sampling(backend, 1.0, True, sigmas), train, train, one, broken_after_one, 0)
+        learn(learning, sampling_of(backend, sigmas), train, train, one, broken_after_one, 0)
     assert not torch.equal(learning.grid, start["grid"])
     assert torch.equal(learning.update, start["update"])
 
@@ -216,7 +223,7 @@ def test_nan_stops_with_the_iteration_and_the_step(backend: Gaussian, monkeypatc
 
     monkeypatch.setattr(backend, "denoiser", lambda prompts: breaking)
     with pytest.raises(FloatingPointError, match=r"iteration \d+: step \d of 6: denoise: returned numbers that are not finite"):
-        learn(new_student(chosen, sigmas, 4), Sampling(backend, 1.0, True, sigmas), train, train, chosen, end_error, 0)
+        learn(new_student(chosen, sigmas, 4), sampling_of(backend, sigmas), train, train, chosen, end_error, 0)
 
 
 def test_a_gradient_that_is_not_finite_stops_too(backend: Gaussian) -> None:
@@ -226,7 +233,7 @@ def test_a_gradient_that_is_not_finite_stops_too(backend: Gaussian) -> None:
     sigmas, train = trajectories(backend, 7, 8, seed=0)
     chosen = settings("parallel_multistep", batch_size=4)
     with pytest.raises(FloatingPointError, match="iteration 1: norm of the loss's gradient: nan; valid: a finite number"):
-        learn(new_student(chosen, sigmas, 4), Sampling(backend, 1.0, True, sigmas), train, train, chosen, kinked, 0)
+        learn(new_student(chosen, sigmas, 4), sampling_of(backend, sigmas), train, train, chosen, kinked, 0)
 
 
 @pytest.mark.parametrize("family", [name for name in ALL if name != "epd"])

@@ -18,7 +18,9 @@ import torch
 from moto.backends import get_backend
 from safetensors.torch import save_file
 
-from stages import fetch, remote
+from stages import bucket as bucket_module
+from stages import fetch, remote, weights
+from stages import hub as hub_module
 from stages.fetch import FetchError
 
 from .hub import ID, REVISION, FakeHub, Starter, etag, serving
@@ -28,12 +30,12 @@ WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 CODE = """
 import time
 from pathlib import Path
-from stages import fetch
-fetch.constants.DOWNLOAD_CHUNK_SIZE = 4096  # else what comes of a small file before a cut is not written
+from stages import fetch, hub, weights
+hub.constants.DOWNLOAD_CHUNK_SIZE = 4096  # else what comes of a small file before a cut is not written
 {before}
 begun = time.monotonic()
 try:
-    origin = fetch.origin("hub", {id!r}, {revision!r})
+    origin = weights.origin("hub", {id!r}, {revision!r})
     paths = fetch.pipeline_files(origin.files(), {components!r}, {variant!r}, origin.place)
     origin.get(paths, Path("out"))
 except fetch.FetchError as error:
@@ -164,7 +166,7 @@ def test_what_is_needed_comes_once_and_then_from_the_cache(client: Client, hub: 
 
 def test_a_cache_that_the_client_filled_needs_no_network(client: Client, hub: FakeHub, tiny: Tiny) -> None:
     fill = f"import huggingface_hub; huggingface_hub.snapshot_download({ID!r}, revision={REVISION!r})"
-    assert client.run(before=fill + "; fetch.constants.HF_HUB_OFFLINE = True")[0] == ""
+    assert client.run(before=fill + "; hub.constants.HF_HUB_OFFLINE = True")[0] == ""
     assert client.out == tiny.plain
 
 
@@ -196,7 +198,7 @@ def test_without_network_or_cache_the_way_out_is_told_soon(client: Client) -> No
 def test_a_look_up_of_names_that_hangs_is_left_behind() -> None:
     begun = time.monotonic()
     with pytest.raises(TimeoutError, match=r"no answer within 0\.1 s"):
-        fetch._within(0.1, lambda: time.sleep(1))
+        hub_module._within(0.1, lambda: time.sleep(1))
     assert time.monotonic() - begun < 0.9
 
 
@@ -276,9 +278,9 @@ def test_a_full_disk_is_told_with_the_part(client: Client) -> None:
     before = f"""
 def full(*_, **__):
     raise OSError({errno.ENOSPC}, "No space left on device")
-fetch.http_get = full
+hub.http_get = full
 try:
-    fetch.origin("hub", {ID!r}, {REVISION!r}).get(["model_index.json"], Path("out"))
+    weights.origin("hub", {ID!r}, {REVISION!r}).get(["model_index.json"], Path("out"))
 except OSError as error:
     print("FULL", error.errno, error.filename, flush=True)
     raise SystemExit from None
@@ -314,19 +316,19 @@ def test_a_revision_is_pinned(revision: str | None) -> None:
     with pytest.raises(
         FetchError, match=r"found revision .*, which is not pinned; valid: the 40 hexadecimal digits of a commit"
     ):
-        fetch.origin("hub", ID, revision)
+        weights.origin("hub", ID, revision)
 
 
 @pytest.mark.parametrize("id", [None, "", "a/b/c", "../x"])
 def test_a_model_has_an_id(id: str | None) -> None:  # noqa: A002
     with pytest.raises(FetchError, match="found no id of a model; valid: OWNER/NAME"):
-        fetch.origin("hub", id, REVISION)
+        weights.origin("hub", id, REVISION)
 
 
 @pytest.mark.parametrize("source", ["", "https://somewhere/x", "s3://UPPER/x", "gs://bucket/x", "s3://user:password@bucket/x"])
 def test_sources_are_three(source: str) -> None:
     with pytest.raises(FetchError, match=r"source: found .*; valid: hub, s3://BUCKET/PREFIX, or a folder's path") as caught:
-        fetch.origin(source, None, None)
+        weights.origin(source, None, None)
     assert "password" not in str(caught.value)
 
 
@@ -389,7 +391,7 @@ def test_a_folder_is_linked_or_copied(tiny: Tiny, tmp_path: Path, monkeypatch: p
     (real / "vae").rename(tmp_path / "vae")
     (real / "vae").symlink_to(tmp_path / "vae")
     (real / "circle").symlink_to(real)
-    origin = fetch.origin(str(real), None, None)
+    origin = weights.origin(str(real), None, None)
     assert origin.place == str(real)
     assert origin.files() == {path: len(data) for path, data in tiny.all.items()}
     origin.get(sorted(tiny.plain), tmp_path / "linked")
@@ -418,9 +420,9 @@ def test_folders_without_the_files_are_told(tmp_path: Path) -> None:
     with pytest.raises(
         FetchError, match=r"missing: found nothing; valid: a folder with a model's files, hub, or s3://BUCKET/PREF"
     ):
-        fetch.origin(str(tmp_path / "missing"), None, None).files()
+        weights.origin(str(tmp_path / "missing"), None, None).files()
     (tmp_path / "there.json").write_text("{}")
-    origin = fetch.origin(str(tmp_path), None, None)
+    origin = weights.origin(str(tmp_path), None, None)
     with pytest.raises(FetchError, match=r"lost.json: found no file; valid: there.json"):
         origin.get(["lost.json"], tmp_path / "out")
     for path in ("../there.json", "/etc/passwd", "a/../../b", ""):
@@ -435,7 +437,7 @@ def test_folders_without_the_files_are_told(tmp_path: Path) -> None:
 def model(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
     """A model's files at S3, below a prefix that others share the beginning of."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(fetch, "BLOCK", 1000)
+    monkeypatch.setattr(bucket_module, "BLOCK", 1000)
     files = {"config.json": b"{}", "vae/model.safetensors": os.urandom(10_500), "empty.txt": b""}
     for path, data in files.items():
         remote.Bucket(bucket, anonymous=False).write(f"m/tiny/{path}", data)
@@ -444,16 +446,16 @@ def model(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[
 
 
 def test_a_prefix_is_fetched(model: dict[str, bytes], bucket: str, tmp_path: Path) -> None:
-    origin = fetch.origin(f"s3://{bucket}/m/tiny", None, None)
+    origin = weights.origin(f"s3://{bucket}/m/tiny", None, None)
     assert origin.place == f"s3://{bucket}/m/tiny"
     assert origin.files() == {path: len(data) for path, data in model.items()}
     origin.get(sorted(model), tmp_path / "out")
     assert contents(tmp_path / "out") == model
     assert list((tmp_path / "data/downloads").iterdir()) == []
     with pytest.raises(FetchError, match=f"s3://{bucket}/m/none: found no files; valid: a prefix below which"):
-        fetch.origin(f"s3://{bucket}/m/none", None, None).files()
+        weights.origin(f"s3://{bucket}/m/none", None, None).files()
     with pytest.raises(FetchError, match="s3://missing: no such bucket; check its name and AWS_ENDPOINT_URL"):
-        fetch.origin("s3://missing", None, None).files()
+        weights.origin("s3://missing", None, None).files()
     with pytest.raises(
         FetchError, match=f"s3://{bucket}/m/tiny: found no lost.json; valid: config.json, empty.txt, vae/model.safetensors"
     ):
@@ -464,32 +466,32 @@ def test_an_interrupted_object_is_continued(
     model: dict[str, bytes], bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     starts: list[int] = []
-    block = fetch._Objects.block
+    block = bucket_module._Objects.block
 
-    def interrupted(self: fetch._Objects, path: str, start: int, end: int) -> bytes:
+    def interrupted(self: bucket_module._Objects, path: str, start: int, end: int) -> bytes:
         if starts.count(3000) == 0 and start == 3000:
             starts.append(start)
             raise KeyboardInterrupt
         starts.append(start)
         return block(self, path, start, end)
 
-    monkeypatch.setattr(fetch._Objects, "block", interrupted)
+    monkeypatch.setattr(bucket_module._Objects, "block", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        fetch.origin(f"s3://{bucket}/m/tiny", None, None).get(["vae/model.safetensors"], tmp_path / "out")
+        weights.origin(f"s3://{bucket}/m/tiny", None, None).get(["vae/model.safetensors"], tmp_path / "out")
     [part] = (tmp_path / "data/downloads").glob("*/model.safetensors.part")
     assert part.stat().st_size == 3000
-    fetch.origin(f"s3://{bucket}/m/tiny/", None, None).get(["vae/model.safetensors"], tmp_path / "out")
+    weights.origin(f"s3://{bucket}/m/tiny/", None, None).get(["vae/model.safetensors"], tmp_path / "out")
     assert starts == [*range(0, 3001, 1000), *range(3000, 10_500, 1000)]
     assert contents(tmp_path / "out") == {"vae/model.safetensors": model["vae/model.safetensors"]}
     part.parent.mkdir()
     part.write_bytes(bytes(10_500))  # whole and wrong
-    fetch.origin(f"s3://{bucket}/m/tiny", None, None).get(["vae/model.safetensors"], tmp_path / "out")
+    weights.origin(f"s3://{bucket}/m/tiny", None, None).get(["vae/model.safetensors"], tmp_path / "out")
     assert contents(tmp_path / "out") == {"vae/model.safetensors": model["vae/model.safetensors"]}
-    monkeypatch.setattr(fetch._Objects, "block", lambda self, path, start, end: bytes(end - start))
+    monkeypatch.setattr(bucket_module._Objects, "block", lambda self, path, start, end: bytes(end - start))
     with pytest.raises(
         FetchError, match=r"vae/model.safetensors: came twice, found MD5 [0-9a-f]{32}; valid: [0-9a-f]{32}, its"
     ):
-        fetch.origin(f"s3://{bucket}/m/tiny", None, None).get(["vae/model.safetensors"], tmp_path / "out2")
+        weights.origin(f"s3://{bucket}/m/tiny", None, None).get(["vae/model.safetensors"], tmp_path / "out2")
     assert not (tmp_path / "out2").exists()
 
 
@@ -498,7 +500,7 @@ def test_without_credentials_reading_is_anonymous(
 ) -> None:
     for variable in remote.SECRETS:
         monkeypatch.delenv(variable)
-    origin = fetch.origin(f"s3://{bucket}/m/tiny", None, None)
+    origin = weights.origin(f"s3://{bucket}/m/tiny", None, None)
     with pytest.raises(FetchError, match=r"access denied, reading config.json \(.*\); check the AWS_\* credentials"):
         origin.get(sorted(model), tmp_path / "out")
     resources = [f"arn:aws:s3:::{bucket}", f"arn:aws:s3:::{bucket}/*"]
@@ -552,23 +554,23 @@ def test_no_message_holds_a_token(secret: str, tmp_path: Path, monkeypatch: pyte
 def test_objects_that_change_meanwhile_are_told(
     model: dict[str, bytes], bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    block = fetch._Objects.block
+    block = bucket_module._Objects.block
 
-    def change(self: fetch._Objects, path: str, start: int, end: int) -> bytes:
+    def change(self: bucket_module._Objects, path: str, start: int, end: int) -> bytes:
         data = block(self, path, start, end)
         self.write(path, b"[]")
         return data
 
-    monkeypatch.setattr(fetch._Objects, "block", change)
+    monkeypatch.setattr(bucket_module._Objects, "block", change)
     with pytest.raises(FetchError, match=r"found config.json changed by now; valid: objects that stay as they are; try again"):
-        fetch.origin(f"s3://{bucket}/m/tiny", None, None).get(["config.json"], tmp_path / "out")
+        weights.origin(f"s3://{bucket}/m/tiny", None, None).get(["config.json"], tmp_path / "out")
 
 
 def test_an_etag_of_a_key_of_ones_own_is_no_md5(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     remote.Bucket(bucket, anonymous=False).write("m/config.json", b"{}")
-    monkeypatch.setattr(fetch, "_digest", lambda file, algorithm: "0" * 32)
-    origin = fetch.origin(f"s3://{bucket}/m", None, None)
+    monkeypatch.setattr(bucket_module, "digest", lambda file, algorithm: "0" * 32)
+    origin = weights.origin(f"s3://{bucket}/m", None, None)
     with pytest.raises(FetchError, match=r"came twice, found MD5 0{32}; valid: "):
         origin.get(["config.json"], tmp_path / "out")
     s3 = remote.Bucket(bucket, anonymous=False).fs

@@ -245,10 +245,10 @@ def falling(images: Tensor, prompts: Sequence[str]) -> Tensor:
 def test_what_a_judge_finds_worse_is_told_and_not_deployed(
     prepared: Start, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from stages import rdpo as module
+    from stages import scorers
 
     falling.calls = 0  # type: ignore[attr-defined]
-    monkeypatch.setattr(module, "Accuracy", lambda _: falling)
+    monkeypatch.setattr(scorers, "Accuracy", lambda _: falling)
     folder = prepared({"patience": 2, "validate_every": 1, "iterations": 6})
     run("rdpo", [])
     entries = log(folder)
@@ -261,7 +261,7 @@ def test_what_a_judge_finds_worse_is_told_and_not_deployed(
 
 
 def test_brightness_that_moves_is_told(prepared: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    from stages import rdpo as module
+    from stages import scorers
 
     calls: list[int] = []
 
@@ -269,7 +269,7 @@ def test_brightness_that_moves_is_told(prepared: Start, monkeypatch: pytest.Monk
         calls.append(len(images))
         return images.double().mean((1, 2, 3)) * (1 + 0.2 * (len(calls) - 2))
 
-    monkeypatch.setattr(module, "brightness", brightening)
+    monkeypatch.setattr(scorers, "brightness", brightening)
     folder = prepared({"validate_every": 2})
     run("rdpo", [])
     found = [alarm for entry in log(folder) for alarm in entry["alarms"] if alarm.startswith("brightness")]
@@ -292,7 +292,7 @@ def test_a_reward_that_stops_telling_images_apart_is_told(
 ) -> None:
     """In the second validation, as of a server that falls back to a default."""
     from metrics.log_probability import LogProbability
-    from stages import rdpo as module
+    from stages import scorers
 
     class Failing(LogProbability):
         calls = 0
@@ -302,7 +302,7 @@ def test_a_reward_that_stops_telling_images_apart_is_told(
             found = super().__call__(images, prompts)
             return late(found) if Failing.calls == 2 and len(images) == 100 else found
 
-    monkeypatch.setattr(module, "LogProbability", Failing)
+    monkeypatch.setattr(scorers, "LogProbability", Failing)
     folder = prepared({})
     with pytest.raises(RolloutError, match=message):
         run("rdpo", [])
@@ -314,7 +314,7 @@ def test_a_reward_that_stops_telling_images_apart_is_told(
 def test_what_is_not_finite_in_a_validation_is_told(which: str, prepared: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the second one: nothing that cannot be compared is ever deployed."""
     from stages import rdpo as module
-    from stages import validation
+    from stages import scorers, validation
     from stages.rollouts import Rollouts
 
     calls: list[int] = []
@@ -333,9 +333,9 @@ def test_what_is_not_finite_in_a_validation_is_told(which: str, prepared: Start,
     folder = prepared({})
     match which:
         case "accuracy":
-            monkeypatch.setattr(module, "Accuracy", lambda _: spoilt)
+            monkeypatch.setattr(scorers, "Accuracy", lambda _: spoilt)
         case "brightness":
-            monkeypatch.setattr(module, "brightness", spoilt)
+            monkeypatch.setattr(scorers, "brightness", spoilt)
         case "network":
             monkeypatch.setattr(module, "Rollouts", Broken)
         case "distance":
@@ -383,9 +383,11 @@ def test_a_table_that_none_can_be_drawn_around_is_told(prepared: Start) -> None:
 def test_a_stage_that_has_no_ranks_is_not_run_by_torchrun(prepared: Start) -> None:
     prepared({})
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "WORLD_SIZE": "2", "RANK": "1"}
-    found = subprocess.run([sys.executable, "-m", "stages.refs"], capture_output=True, text=True, env=environment, check=False)
+    found = subprocess.run(
+        [sys.executable, "-m", "stages.distill"], capture_output=True, text=True, env=environment, check=False
+    )
     assert found.returncode == 1
-    assert found.stderr == "stage refs: runs as one process; valid: python -m, without torchrun\n"
+    assert found.stderr == "stage distill: runs as one process; valid: python -m, without torchrun\n"
 
 
 @pytest.mark.parametrize(
@@ -402,9 +404,9 @@ def test_a_stage_that_has_no_ranks_is_not_run_by_torchrun(prepared: Start) -> No
 def test_a_bad_reward_is_told_before_anything_is_learned(
     reward: Any, message: str, prepared: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from stages import rdpo as module
+    from stages import scorers
 
-    monkeypatch.setattr(module, "LogProbability", lambda _: reward)
+    monkeypatch.setattr(scorers, "LogProbability", lambda _: reward)
     prepared({})
     with pytest.raises(RolloutError, match=message):
         run("rdpo", [])
@@ -412,7 +414,7 @@ def test_a_bad_reward_is_told_before_anything_is_learned(
 
 def test_a_reward_that_fails_later_leaves_checkpoint_and_batch(prepared: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     from metrics.log_probability import LogProbability
-    from stages import rdpo as module
+    from stages import scorers
 
     class Failing(LogProbability):
         calls = 0
@@ -427,7 +429,7 @@ def test_a_reward_that_fails_later_leaves_checkpoint_and_batch(prepared: Start, 
     expected = deployed(folder)
     shutil.rmtree(folder / "models/rdpo")
     with monkeypatch.context() as patch:
-        patch.setattr(module, "LogProbability", Failing)
+        patch.setattr(scorers, "LogProbability", Failing)
         with pytest.raises(RolloutError, match=r"not finite for 16 of 16 images, .*see data/failed/rdpo-\d-images-rank0.saf"):
             run("rdpo", [])
     assert saved(folder)["done"] == log(folder)[-1]["iteration"] > 2

@@ -66,7 +66,7 @@ def test_rdpo_never_deploys_a_worse_distance(finished: Path) -> None:
 
 def test_no_digit_is_used_twice(finished: Path, upstream: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Train and held-out digits, and the halves that the two classifiers learn from, share no image."""
-    from stages import backbone as module
+    from stages import digits as module
 
     given: dict[str, torch.Tensor] = {}
 
@@ -79,7 +79,7 @@ def test_no_digit_is_used_twice(finished: Path, upstream: Path, monkeypatch: pyt
     monkeypatch.setattr(module, "train_classifier", capture)
     with pytest.raises(KeyboardInterrupt):
         run("backbone", [])
-    data = load_file(finished / "data/digits.safetensors")
+    data = load_file(finished / "models/backbone/digits.safetensors")
     split = flat(data["train_images"]) + flat(data["held_out_images"])
     pixels, _ = load_digits(return_X_y=True)
     assert sorted(split) == sorted(flat(torch.tensor(pixels).float() / 16))
@@ -128,7 +128,7 @@ def test_an_interrupted_stage_goes_on_to_the_same_bytes(
     from stages.checkpoint import Checkpoint
 
     outputs = {
-        "backbone": ["models/backbone", "data/digits.safetensors"],
+        "backbone": ["models/backbone"],
         "distill": ["models/distilled", "results/distill.csv"],
         "rdpo": ["models/rdpo", "results/rdpo.csv"],
     }[stage]
@@ -254,8 +254,10 @@ def failure(stage: str, *arguments: str) -> str:
 @pytest.mark.parametrize(
     ("stage", "arguments", "spoilt", "maker"),
     [
-        ("refs", [], "data/digits.safetensors", "backbone"),
+        ("refs", [], "models/backbone/digits.safetensors", "backbone"),
         ("teacher", [], "models/backbone/unet.safetensors", "backbone"),
+        ("sample", ["euler"], "models/backbone/backbone.json", "backbone"),
+        ("distill", [], "models/backbone/prompts.json", "backbone"),
         ("distill", [], "data/teacher.safetensors", "teacher"),
         ("rdpo", [], "models/distilled/predictor.json", "distill"),
         ("rdpo", [], "data/refs.npz", "refs"),
@@ -317,4 +319,5 @@ def test_a_full_disk_is_told_and_leaves_nothing(upstream: Path, monkeypatch: pyt
     for stage, arguments in (("backbone", []), ("teacher", []), ("distill", []), ("sample", ["euler"])):
         with pytest.raises(OSError, match=r"no space left: '(data|models)/"):
             run(stage, arguments)
+    shutil.rmtree(upstream / "data/parts")  # which say of what work they will be
     assert hashes(upstream, "data", "models", "results") == before

@@ -24,7 +24,7 @@ from stages.ranks import Ranks
 from stages.rollouts import Grouping, Rollouts
 from stages.training import rng
 
-from .conftest import small
+from .conftest import frozen_of, small
 
 SIGMAS = polynomial(4, 0.1, 10.0)
 
@@ -52,7 +52,7 @@ def rollouts_of(
 ) -> Rollouts:
     table, sigmas = table_of(family)
     predictor = Predictor(table, sigmas, False, Backbone("mixture", None, "none"), guidance_scale, {})
-    return Rollouts(backend, reward, predictor, 0, batch_size)
+    return Rollouts(frozen_of(backend), reward, predictor, 0, batch_size)
 
 
 def policy_of(rollouts: Rollouts, spread: Spread | None = None) -> Policy:
@@ -204,7 +204,7 @@ def test_rewards_are_computed_while_the_next_part_is_sampled(mixture: Gaussian) 
             return super().images(*args, **kwargs)
 
     plain = rollouts_of(mixture)
-    rollouts = Watched(mixture, reward, plain.distilled, 0, 4)
+    rollouts = Watched(frozen_of(mixture), reward, plain.distilled, 0, 4)
     policy = policy_of(rollouts)
     rollouts.batch(policy, policy.draw(np.random.default_rng(0), 8), 0, 2, 4, "shared", slice(None))
     assert waited == [True]
@@ -264,7 +264,7 @@ def test_text_to_image_models_encode_a_prompt_once_and_get_no_gradient(family: s
     guidance_scale = 1.0 if family == "flux" else 3.0
     sigmas = logsnr(4, 0.03, 14.6) if family == "sd15" else flowmatch(4, 0.01, 1.0, 3.0)
     table, model = EPD(4, 2, 0.0, 0.0).requires_grad_(False).table(), Backbone(family, None, "none")
-    rollouts = Rollouts(backend, nearer_half, Predictor(table, sigmas, False, model, guidance_scale, {}), 0, 64)
+    rollouts = Rollouts(frozen_of(backend), nearer_half, Predictor(table, sigmas, False, model, guidance_scale, {}), 0, 64)
     policy = Policy(table, Spread(50.0), 16, 1)
     batch = rollouts.batch(policy, policy.draw(np.random.default_rng(0), 8), 0, 2, 4, "shared", slice(None))
     assert batch.rewards.std() > 0
@@ -326,13 +326,13 @@ def test_the_gradient_of_the_reward_is_that_of_finite_differences(mixture: Gauss
     params = settings(method="reward_gradient", learning_rate=1e-4)
     policy = policy_of(rollouts)
     method = METHODS["reward_gradient"](policy, rollouts, Ranks(), params, 0)
-    from stages.noise import noise, prompts
+    from stages.noise import noise
 
     samples = range(64, 128)
 
     @torch.no_grad()
     def loss() -> float:
-        images, _ = rollouts.images(policy.mean(), noise(0, "train", samples, (1, 2, 2)), prompts(samples))
+        images, _ = rollouts.images(policy.mean(), noise(0, "train", samples, (1, 2, 2)), rollouts.prompts("train", samples))
         return -nearer_half(images, []).mean().item()
 
     slopes = []
