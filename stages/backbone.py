@@ -22,13 +22,13 @@ from stages.weights import listed, weights_folder
 def backbone(*, seed: int, backbone: Backbone, prompts: PromptsParams, metrics: Metrics) -> None:
     """Train the digits' model, or fetch a pipeline and its metrics' weights; split the prompts.
 
-    What is fetched comes from the hub (at a pinned revision), from a folder or from a bucket, and stays where this machine keeps
-    weights; models/backbone says which ones they are.
+    What is fetched comes from the hub (at a pinned revision), from a folder or from a bucket, and stays where this machine
+    keeps weights; models/backbone says which ones they are.
     """
     splits = split_prompts(read_prompts(Path(prompts.file)), seed, prompts.validation, prompts.test)
     asked = Prompts(splits, prompts.negative)
     names = {"reward": metrics.reward, "judges": [*metrics.judges], "features": metrics.features}
-    weights = {name: pinned(where) for name, where in metrics.weights.items()}
+    weights = dict[str, Weights]()
     with atomic(BACKBONE) as folder:
         folder.mkdir()
         match backbone:
@@ -38,6 +38,7 @@ def backbone(*, seed: int, backbone: Backbone, prompts: PromptsParams, metrics: 
             case Pipeline():
                 identity, weights["pipeline"] = fetched(backbone, asked)
                 settings = backbone.model_dump(include={"height", "width", "dtype"})
+        weights |= {name: pinned(where) for name, where in metrics.weights.items()}
         asked.save(folder / PROMPTS.name)
         found = {name: where.model_dump() for name, where in weights.items()}
         Record(backbone.name, identity, settings, found, sha256=listed(folder), **names).save(folder / RECORD.name)
@@ -53,18 +54,23 @@ def pinned(weights: Weights) -> Weights:
 
 def fetched(backbone: Pipeline, asked: Prompts) -> tuple[Identity, Weights]:
     """A pipeline, which it is, and with the sha256 that it has. Prompts that it will not see all of are told."""
-    from backends.load import FAMILIES, check_folder, truncated  # diffusers takes seconds, which digits need not wait for
-
     weights = Weights(**backbone.model_dump(include=set(Weights.model_fields)))
-    check = partial(check_folder, backbone.name, height=backbone.height, width=backbone.width)
-    folder, found = weights_folder(weights, files_of(backbone.name, backbone.variant), check)
-    check(folder)  # also where it was here already
+    folder, found = weights_folder(weights, files_of(backbone.name, backbone.variant), partial(check, backbone))
+    from backends.load import FAMILIES, truncated  # diffusers takes seconds: not before it is known what there is
+
     for split, count in asked.counts.items():
         for tokenizer, (cut, length) in truncated(backbone.name, folder, asked(split, range(count))).items():
             typer.echo(f"{split} prompts: {cut} of {count} are cut to the {length} tokens that {tokenizer} has", err=True)
     revision = backbone.revision if backbone.source == "hub" else found
     identity = Identity(backbone.id, revision, backbone.licence, FAMILIES[backbone.name].pipeline.__name__)
     return identity, weights.model_copy(update={"sha256": found})
+
+
+def check(backbone: Pipeline, folder: Path) -> None:
+    """Raise ValueError unless a folder, with or without its weights, is a pipeline as it is asked for."""
+    from backends.load import check_folder
+
+    check_folder(backbone.name, folder, backbone.height, backbone.width)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import torch
 import typer
 from tqdm import tqdm
 
+from stages.device import device_of
 from stages.files import LOCKS, TIMES, StageError, write_json
 from stages.params import ParamsError, Section, load_params
 from stages.ranks import RANK, SIZE
@@ -44,6 +45,7 @@ def command(stage: Callable[..., None], has_ranks: bool = False) -> None:
         name, chosen = "@".join([stage.__name__, *given.values()]), dict[str, Any]()
         try:
             params = load_params()
+            device_of(params.compute)  # before hours of work for it
             chosen |= {section: getattr(params, section) for section in sections}
             if not set(given.values()) <= set(params.samplers):  # the one argument that a stage may have
                 raise ParamsError(f"samplers: found no {name.split('@', 1)[1]!r}; valid: {', '.join(params.samplers)}")
@@ -63,7 +65,11 @@ def command(stage: Callable[..., None], has_ranks: bool = False) -> None:
         except KeyboardInterrupt:
             _fail(name, "interrupted; nothing is half-written, the same command goes on", INTERRUPTED)
         except (torch.OutOfMemoryError, MemoryError) as error:
-            _fail(name, _out_of_memory(error, chosen))
+            _fail(name, _out_of_memory(error, stage.__name__, chosen.get(stage.__name__)))
+        except RuntimeError as error:
+            if "can't allocate memory" not in str(error):  # torch's words, on the CPU
+                raise
+            _fail(name, _out_of_memory(error, stage.__name__, chosen.get(stage.__name__)))
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
@@ -76,14 +82,14 @@ def command(stage: Callable[..., None], has_ranks: bool = False) -> None:
     typer.run(main)
 
 
-def _out_of_memory(error: Exception, given: dict[str, Any]) -> str:
-    """What to do about it: batch sizes may change where a run goes on."""
-    dumped = {name: section.model_dump() for name, section in given.items() if isinstance(section, Section)}
-    sizes = [f"{name}.batch_size is {found['batch_size']}" for name, found in dumped.items() if "batch_size" in found]
+def _out_of_memory(error: Exception, stage: str, section: object) -> str:
+    """What to do about it, where a stage has a batch size: that may change where a run goes on."""
+    size = section.model_dump().get("batch_size") if isinstance(section, Section) else None
+    lower = f"{stage}.batch_size is {size}: lower it, or set" if size else "set"
     found = str(error).partition("\n")[0] or type(error).__name__
     return (
-        f"out of memory ({found}); {', '.join(sizes) or 'no batch size'}: lower it, or set compute.drop_text_encoders, "
-        "compute.slicing, compute.offload, or a half-precision backbone.dtype; what is done is kept, the same command goes on"
+        f"out of memory ({found}); {lower} compute.drop_text_encoders, compute.slicing, compute.offload, or a half-precision "
+        "backbone.dtype; what is done is kept, the same command goes on"
     )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -70,6 +71,8 @@ def reading(path: Path) -> Iterator[Path]:
     name = f"{stage}@{path.stem}" if stage in ("sample", "evaluate") else stage
     try:
         yield path
+    except torch.OutOfMemoryError:  # a RuntimeError, but not the file's fault
+        raise
     except FileNotFoundError as error:
         raise InputError(f"{error.filename or path}: missing; stage {name} makes it: dvc repro {name}") from error
     except (ValueError, KeyError, RuntimeError, EOFError, BadZipFile, SafetensorError) as error:

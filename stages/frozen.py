@@ -1,7 +1,6 @@
 """What the stage `backbone` made, as the others use it: the frozen model and its prompts."""
 
 import json
-import os
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +11,8 @@ from torch import Tensor
 
 from backends import Backend, Digits, counted_denoiser
 from solvers import Backbone, Counter, Denoiser
-from stages.files import BACKBONE, InputError, reading, write_json
+from stages.device import device_of
+from stages.files import BACKBONE, reading, write_json
 from stages.params import Compute, Weights
 from stages.prompts import Prompts
 
@@ -111,10 +111,14 @@ def load_decoder(compute: Compute) -> Callable[[Tensor], Tensor]:
 
 def files_of(name: str, variant: str | None) -> Callable[[Collection[str], str], list[str]]:
     """Which files a pipeline of a family reads."""
-    from backends.load import FAMILIES
-    from stages.fetch import pipeline_files
 
-    return lambda files, place: pipeline_files(files, FAMILIES[name].components, variant, place)
+    def choose(files: Collection[str], place: str) -> list[str]:
+        from backends.load import FAMILIES
+        from stages.fetch import pipeline_files
+
+        return pipeline_files(files, FAMILIES[name].components, variant, place)
+
+    return choose
 
 
 def pipeline_of(record: Record) -> tuple[Path, dict[str, Any]]:
@@ -124,21 +128,3 @@ def pipeline_of(record: Record) -> tuple[Path, dict[str, Any]]:
     weights = Weights(**record.weights["pipeline"])
     folder, _ = weights_folder(weights, files_of(record.name, weights.variant))
     return folder, {**record.settings, "dtype": getattr(torch, record.settings["dtype"]), "variant": weights.variant}
-
-
-def device_of(compute: Compute) -> torch.device:
-    """Where pipelines and large metrics run: of several processes on a machine, each on the next of its GPUs.
-
-    Raises:
-        InputError: a GPU is asked for, and there is none.
-    """
-    there = torch.cuda.is_available()
-    if compute.device == "cuda" and not there:
-        raise InputError("compute.device: found cuda, and torch finds no such device here; valid: cpu, or auto")
-    if compute.device == "cpu" or not there:
-        if compute.offload:
-            raise InputError("compute.offload: found true, without a CUDA device to offload from; valid: false")
-        return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    torch.cuda.set_device(device)
-    return device

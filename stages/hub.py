@@ -29,7 +29,7 @@ from stages.files import write_json
 
 T = TypeVar("T")
 
-WAIT = 4.0
+WAIT = 2.5
 """Seconds for the hub's first answer, the look-up of its name included."""
 
 HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
@@ -120,7 +120,7 @@ class Hub:
         api = HfApi()
         try:
             with self._told():
-                info = _within(WAIT, lambda: api.model_info(self.id, revision=self.revision, timeout=3, files_metadata=True))
+                info = _within(WAIT, lambda: api.model_info(self.id, revision=self.revision, timeout=2, files_metadata=True))
                 entries = {file.rfilename: _entry(file) for file in info.siblings or []}
         except UnreachableError as error:
             raise UnreachableError(self._absent(str(error), missing)) from None

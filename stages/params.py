@@ -388,7 +388,7 @@ class Params(Section):
         metrics = [self.metrics.reward, *self.metrics.judges, self.metrics.features]
         wrong = [metric for metric in metrics if (metric in get_args(DigitsMetric)) != digits]
         if wrong or digits != isinstance(self.refs, RealImages):
-            found = f"{', '.join(wrong)}, refs.source {self.refs.source}"
+            found = ", ".join([*wrong, f"refs.source {self.refs.source}"])
             raise ValueError(f"metrics: found {found}; valid: those of conf/backbone for {name}")
         if not digits and getattr(self.distill, "loss", "end") == "features":
             raise ValueError(f"distill.loss: found 'features'; valid: 'end' or 'nodes', for the backbone {name}")

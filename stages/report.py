@@ -57,7 +57,7 @@ def report(*, samplers: dict[str, Sampler], metrics: Metrics, refs: Refs) -> Non
     names = {"features": metrics.features, "judges": ", ".join(metrics.judges), "reward": metrics.reward}
     rows = [row(name, results[name], scores[name], scores[BASE], metrics.judges) for name in samplers]
     legend = COST.format(n=results[BASE]["n"]) + (DIGITS if real else IMAGES.format(**names))
-    classical = [name for name, sampler in samplers.items() if sampler.solver != "predictor"]
+    classical = [name for name, sampler in samplers.items() if sampler.solver != "predictor" and name != "reference"]
     findings = [*compare(results, scores, classical, metrics.judges), unseen(held_out, metrics.judges, real)]
     text = "\n".join([markdown_table(columns, rows), "", legend, "", *(f"- {finding}" for finding in findings), ""])
     with atomic(MARKDOWN) as temporary:

@@ -12,8 +12,9 @@ from metrics.accuracy import Accuracy
 from metrics.colour import brightness, saturation
 from metrics.frechet import JUDGE, Frechet
 from metrics.log_probability import LogProbability
+from stages.device import device_of
 from stages.files import BACKBONE, reading
-from stages.frozen import RECORD, Record, device_of
+from stages.frozen import RECORD, Record
 from stages.params import Compute, Weights
 
 

@@ -46,6 +46,7 @@ def weights_folder(weights: Weights, choose: Choice, check: Callable[[Path], Non
         FetchError: they cannot be had, are damaged, or not those that were asked for.
     """
     if weights.sha256 is not None and (STORE / weights.sha256).is_dir():
+        _checked(STORE / weights.sha256, str(STORE / weights.sha256), check)
         return STORE / weights.sha256, weights.sha256
     source = origin(weights.source, weights.id, weights.revision)
     files = choose(source.files(), source.place)
@@ -54,10 +55,7 @@ def weights_folder(weights: Weights, choose: Choice, check: Callable[[Path], Non
     with TemporaryDirectory(dir=STORE) as work:
         folder = Path(work) / "files"
         source.get([file for file in files if file not in large], folder)
-        try:
-            check(folder)
-        except ValueError as error:
-            raise FetchError(f"{source.place}: {str(error).replace(f'{folder}/', '')}") from error
+        _checked(folder, source.place, check)
         source.get(large, folder)
         check_weights(folder)
         found = listed(folder)
@@ -67,6 +65,13 @@ def weights_folder(weights: Weights, choose: Choice, check: Callable[[Path], Non
             folder.rename(STORE / found)
     typer.echo(f"{source.place}: {len(files)} files, sha256 of their list {found}", err=True)
     return STORE / found, found
+
+
+def _checked(folder: Path, place: str, check: Callable[[Path], None]) -> None:
+    try:
+        check(folder)
+    except ValueError as error:
+        raise FetchError(f"{place}: {str(error).replace(f'{folder}/', '')}") from error
 
 
 def listed(folder: Path) -> str:

@@ -1,3 +1,4 @@
+import hashlib
 import logging
 import os
 import shutil
@@ -127,6 +128,11 @@ def make(folder: Path, seed: int) -> Path:
     folder.mkdir()
     save_predictor(predictor, folder)
     return folder
+
+
+def hashes(folder: Path, *names: str) -> dict[str, str]:
+    files = [file for name in names for file in ([folder / name] if (folder / name).is_file() else (folder / name).rglob("*"))]
+    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()}
 
 
 def plan(samplers: list[str]) -> list[tuple[str, list[str]]]:

@@ -11,13 +11,16 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from solvers import SOLVERS, depth, polynomial
+from stages.import_epd import BACKBONES
 from stages.params import (
+    EPD,
     EVALUATIONS,
     S4S,
     Classical,
     ParallelMultistep,
     Params,
     ParamsError,
+    Pipeline,
     S4SAlt,
     Teacher,
     load_params,
@@ -130,6 +133,16 @@ def put(path: str, value: object) -> Callable[[dict[str, Any]], None]:
     return change
 
 
+def of(backbone: str, change: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], None]:
+    def replace(params: dict[str, Any]) -> None:
+        mine = composed(f"backbone={backbone}")
+        change(mine)
+        params.clear()
+        params |= mine
+
+    return replace
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -197,6 +210,48 @@ def put(path: str, value: object) -> Callable[[dict[str, Any]], None]:
         ),
         (put("samplers.distilled", None), "samplers: no distilled; valid: with it"),
         (put("backbone.name", "sd4"), "params.yaml: backbone.name: found 'sd4'; valid: 'digits', 'sd15', 'sd3', 'flux'"),
+        (put("guidance_scale", -0.5), "params.yaml: guidance_scale: found -0.5; valid: greater than or equal to 0"),
+        (put("sample.seeds", "0-3,2"), "params.yaml: sample.seeds: found 2 twice in '0-3,2'; valid: as 0-63,100"),
+        (put("sample.seeds", "5"), "params.yaml: sample.seeds: found '5', one image; valid: two or more"),
+        (put("compute.device", "tpu"), "params.yaml: compute.device: found 'tpu'; valid: 'auto', 'cpu' or 'cuda'"),
+        (put("prompts.test", 3), "params.yaml: prompts: validation, test: found None, 3; valid: two numbers, or null twice"),
+        (
+            put("metrics.judges", ["log_probability"]),
+            "metrics: judges: found ['log_probability']; valid: without log_probability",
+        ),
+        (put("metrics.judges", []), "params.yaml: metrics.judges: found []; valid: List should have at least 1 item"),
+        (
+            put("metrics.reward", "clip_score"),
+            "metrics: weights: found those of []; valid: of the metrics named, ['clip_score']",
+        ),
+        (
+            put("schedule", {"name": "discrete", "rho": 1.0}),
+            "schedule.name: found 'discrete'; valid: another, for the backbone d",
+        ),
+        (
+            of("sd15", put("schedule", {"name": "flowmatch", "rho": None})),
+            "schedule.name: found 'flowmatch'; valid: another, for",
+        ),
+        (of("sd3_512", put("afs", True)), "afs: found True; valid: False, for a flow model, whose first state is noise alone"),
+        (of("sd3_512", put("backbone.revision", "main")), "params.yaml: backbone.revision: found 'main'; valid: "),
+        (
+            of("tiny_sd3", put("backbone.source", "hub")),
+            "backbone: revision: found None; valid: 40 hexadecimal digits, the com",
+        ),
+        (of("sd3_512", put("backbone.height", 0)), "params.yaml: backbone.height: found 0; valid: greater than or equal to 1"),
+        (
+            of("sd3_512", put("backbone.dtype", "int8")),
+            "params.yaml: backbone.dtype: found 'int8'; valid: 'float32', 'float16' or",
+        ),
+        (
+            of("sd3_512", put("distill.loss", "features")),
+            "distill.loss: found 'features'; valid: 'end' or 'nodes', for the back",
+        ),
+        (
+            of("sd3_512", put("refs", {"source": "data"})),
+            "metrics: found refs.source data; valid: those of conf/backbone for sd3",
+        ),
+        (put("samplers.reference.num_steps", 0), "params.yaml: samplers.reference.num_steps: found 0; valid: greater than or"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_would_be_valid(
@@ -233,3 +288,40 @@ def test_the_check_is_a_command(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "num_steps: found 1; valid: greater than or equal to 2" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+PUBLISHED = {"sd15": "sd15", "sd3_512": "sd3-512", "sd3_1024": "sd3-1024", "flux_dev": "flux"}
+
+
+@pytest.mark.parametrize("backbone", PUBLISHED)
+def test_a_backbone_has_what_was_published_for_it(backbone: str, tmp_path: Path) -> None:
+    """As the importer of published tables knows it, independently."""
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(composed(f"backbone={backbone}")))
+    params, published = load_params(tmp_path / "params.yaml"), BACKBONES[PUBLISHED[backbone]]
+    assert isinstance(params.backbone, Pipeline)
+    assert (params.backbone.id, params.backbone.licence) == (published.backbone.name, published.backbone.licence)
+    assert (params.backbone.height, params.backbone.width) == (published.resolution,) * 2
+    assert params.guidance_scale == published.guidance_scale
+    assert params.schedule.name == published.schedule
+    assert isinstance(params.distill, EPD)
+    assert (params.distill.points, params.afs, params.teacher.solver, params.teacher.extra_nodes) == (
+        2,
+        False,
+        "dpm_solver_2",
+        1,
+    )
+    assert serial_evaluations(params.num_steps, params.afs, params.distill) == (16 if backbone == "flux_dev" else 20)
+    rollouts, concentration = {"sd15": (8, 20.0), "sd3_512": (16, 10.0)}.get(backbone, (8, 10.0))
+    assert (params.rdpo.groups * params.rdpo.tables, params.rdpo.concentration) == (rollouts, concentration)
+    assert (params.rdpo.group, params.rdpo.tables, params.rdpo.learning_rate) == ("mixed", 4, 7e-5)
+    assert params.metrics.reward not in params.metrics.judges
+
+
+def test_the_dead_id_is_nowhere() -> None:
+    assert not [file for file in (ROOT / "conf").rglob("*.yaml") if "runwayml" in file.read_text()]
+
+
+def test_the_tiny_backbones_are_those_of_the_families(tmp_path: Path) -> None:
+    for name in ("sd15", "sd3", "flux"):
+        (tmp_path / "params.yaml").write_text(yaml.safe_dump(composed(f"backbone=tiny_{name}")))
+        assert load_params(tmp_path / "params.yaml").backbone.name == name

@@ -1,5 +1,4 @@
 import csv
-import hashlib
 import json
 import os
 import shutil
@@ -20,14 +19,9 @@ from sklearn.datasets import load_digits
 from solvers import load_predictor
 from stages.noise import SPLITS, noise
 
-from .conftest import Workspace, run, small
+from .conftest import Workspace, hashes, run, small
 
 SAMPLERS = ["reference", "euler", "heun", "distilled", "rdpo"]
-
-
-def hashes(folder: Path, *names: str) -> dict[str, str]:
-    files = [file for name in names for file in ([folder / name] if (folder / name).is_file() else (folder / name).rglob("*"))]
-    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()}
 
 
 def test_the_report_has_a_row_for_every_sampler(finished: Path) -> None:
