@@ -9,7 +9,6 @@ from backends.digits import Digits as DigitsBackend
 from solvers import Backbone as Identity
 from stages.checkpoint import Checkpoint
 from stages.command import command
-from stages.digits import trained
 from stages.fetch import model_files
 from stages.files import BACKBONE, atomic
 from stages.frozen import PROMPTS, RECORD, UNET, Record, files_of
@@ -33,6 +32,8 @@ def backbone(*, seed: int, backbone: Backbone, prompts: PromptsParams, metrics: 
         folder.mkdir()
         match backbone:
             case Digits():
+                from stages.digits import trained  # scikit-learn takes seconds, which others need not wait for
+
                 trained(seed, backbone, folder)
                 identity, settings = DigitsBackend.identity(folder / UNET), {}
             case Pipeline():

@@ -11,7 +11,8 @@ from pathlib import Path, PurePosixPath
 from stages.command import progress
 from stages.fetch import DOWNLOADS, FetchError, digest, short, shown, target_of
 from stages.files import atomic
-from stages.remote import SECRETS, Bucket, RegistryError
+from stages.remote import BUCKET, Bucket, RegistryError
+from stages.scrub import SECRETS
 
 BLOCK = 2**25
 """Bytes that are asked of S3 at once."""
@@ -20,7 +21,11 @@ BLOCK = 2**25
 class S3:
     """The objects below a prefix, with the environment's credentials, or anonymously where there are none."""
 
-    def __init__(self, root: str) -> None:
+    def __init__(self, url: str) -> None:
+        if not (found := BUCKET.fullmatch(url)):
+            shown = "a URL with credentials or a query in it" if re.search("[@?]", url) else repr(url)
+            raise FetchError(f"source: found {shown}; valid: hub, s3://BUCKET/PREFIX, or a folder's path")
+        root = found[1]
         key, secret, _ = (os.environ.get(name) for name in SECRETS)
         self.place = f"s3://{root}"
         with self._told():

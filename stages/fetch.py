@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from stages.command import progress
 from stages.files import StageError, atomic
-from stages.remote import SHORTEST_SECRET, scrubbed
+from stages.scrub import SHORTEST_SECRET, scrubbed
 
 DOWNLOADS = Path("data/downloads")
 """Parts of files from S3, and what the hub said of revisions; no output."""

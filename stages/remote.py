@@ -16,6 +16,8 @@ from fsspec.asyn import sync
 from s3fs import S3FileSystem
 from s3fs.core import S3_RETRYABLE_ERRORS
 
+from stages.scrub import SECRETS, scrubbed
+
 T = TypeVar("T")
 
 PAUSES = (0.5, 1.0, 2.0)
@@ -24,13 +26,6 @@ PAUSES = (0.5, 1.0, 2.0)
 TIMEOUTS = {"connect_timeout": 5, "read_timeout": 10}
 """Seconds that one try waits for a connection, and then for each piece of an answer."""
 
-MESSAGE = 4000
-"""Characters that are shown of one: what lies at a remote may make it endless."""
-
-SHORTEST_SECRET = 8
-"""Characters. Real ones have sixteen or more; the word "test" in place of one stays readable in other words."""
-
-SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 BUCKET = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9](?:/(?!\.{1,2}(?:/|$))[A-Za-z0-9_.=+-]+)*)/?")
 
 
@@ -39,23 +34,6 @@ class RegistryError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(scrubbed(message))
-
-
-def scrubbed(message: str) -> str:
-    """A message in one line, without control characters, and without the credentials of the environment or of URLs in it."""
-    for name in SECRETS:
-        value = os.environ.get(name, "").strip()
-        if len(value) >= SHORTEST_SECRET:
-            message = message.replace(value, f"[{name}]")
-    words = "".join(c if c.isprintable() else " " for c in message).split()
-    found = " ".join(map(_without_password, words))
-    return found if len(found) <= MESSAGE else f"{found[: MESSAGE // 2]} ... {found[-MESSAGE // 2 :]}"
-
-
-def _without_password(word: str) -> str:
-    """A word of a message without user:password@, whether there is a scheme before it or not."""
-    head, at, tail = word.rpartition("@")
-    return f"[credentials]@{tail}" if at and ":" in head.replace("file:///", "/") else word
 
 
 def told(message: str) -> None:

@@ -9,11 +9,8 @@ from tempfile import TemporaryDirectory
 import typer
 from huggingface_hub import constants
 
-from stages.bucket import S3
 from stages.fetch import FetchError, Folder, Origin, check_weights, checksums
-from stages.hub import Hub
 from stages.params import Weights
-from stages.remote import BUCKET
 
 STORE = Path(constants.HF_HOME) / "parasol"
 """On the file system of the hub's cache, so that its files are linked, not copied."""
@@ -25,9 +22,13 @@ Choice = Callable[[Collection[str], str], list[str]]
 def origin(source: str, id: str | None, revision: str | None) -> Origin:  # noqa: A002
     """What a source names: hub, which needs a model's id and its revision, s3://BUCKET/PREFIX, or a folder."""
     if source == "hub":
+        from stages.hub import Hub  # what each takes to import, the others need not wait for
+
         return Hub(id, revision)
-    if found := BUCKET.fullmatch(source):
-        return S3(found[1])
+    if source.startswith("s3://"):
+        from stages.bucket import S3
+
+        return S3(source)
     if not source or "://" in source:
         shown = "a URL with credentials or a query in it" if re.search("[@?]", source) else repr(source)
         raise FetchError(f"source: found {shown}; valid: hub, s3://BUCKET/PREFIX, or a folder's path")

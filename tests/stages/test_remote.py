@@ -14,7 +14,7 @@ from moto.backends import get_backend
 from typer.testing import CliRunner
 
 from solvers import load_predictor
-from stages import publish, pull, remote
+from stages import publish, pull, remote, scrub
 from stages.registry import Registry, RegistryError
 
 HIDDEN = ("recognisable-key", "recognisable-secret", "recognisable-token")
@@ -197,11 +197,11 @@ def test_what_will_not_pass_is_told_at_once(status: str, flaky: Flaky, bucket: s
 
 def test_messages_are_one_line_without_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "long/secret\n")
-    assert remote.scrubbed("a long/secret\n\x1b[2Jat 'http://user:pass@word@host/x', user:pass@host") == (
+    assert scrub.scrubbed("a long/secret\n\x1b[2Jat 'http://user:pass@word@host/x', user:pass@host") == (
         "a [AWS_SECRET_ACCESS_KEY] [2Jat [credentials]@host/x', [credentials]@host"
     )
-    assert remote.scrubbed("file:///a@b: rdpo@v1.0.0") == "file:///a@b: rdpo@v1.0.0"
-    assert len(remote.scrubbed("a:" * 10**6)) == remote.MESSAGE + len(" ... ")
+    assert scrub.scrubbed("file:///a@b: rdpo@v1.0.0") == "file:///a@b: rdpo@v1.0.0"
+    assert len(scrub.scrubbed("a:" * 10**6)) == scrub.MESSAGE + len(" ... ")
 
 
 def test_no_command_ever_prints_credentials(
