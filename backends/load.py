@@ -16,6 +16,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     CLIPTextModel,
@@ -52,6 +53,9 @@ class Family:
         """All folders that are needed."""
         return ["scheduler", *self.tokenizers, *self.weights]
 
+
+VOCABULARIES = ({"tokenizer.json"}, {"vocab.json", "merges.txt"}, {"spiece.model"})
+"""Files, one set of which a tokenizer has."""
 
 WITHOUT = {"feature_extractor": None, "image_encoder": None}
 
@@ -101,17 +105,24 @@ def check_folder(name: str, folder: Path, height: int, width: int) -> None:
         raise ValueError(f"{index}: _class_name {found.get('_class_name')!r}; valid: {family.pipeline.__name__}, for {name}")
     tokenizers = {component: kind for component, (kind, _) in family.tokenizers.items()}
     for component, kind in {**tokenizers, **family.weights}.items():
-        library, class_name = found.get(component) or (None, None)
         # tokenizers have had two classes each, which are one today
-        if (library, str(class_name).removesuffix("Fast")) != (_library(kind), kind.__name__.removesuffix("Fast")):
-            valid = f"[{_library(kind)!r}, {kind.__name__!r}]"
-            raise ValueError(f"{index}: {component} {found.get(component)}; valid: {valid}")
-        if component in family.weights:
-            _json(folder / component / "config.json")
-    if (found.get("scheduler") or [None])[0] != "diffusers":
-        raise ValueError(f"{index}: scheduler {found.get('scheduler')}; valid: one of diffusers")
-    blocks = _json(folder / "vae/config.json")["block_out_channels"]
-    patch = family.patch or _json(folder / "transformer/config.json")["patch_size"]
+        names, entry = [_library(kind), kind.__name__.removesuffix("Fast")], found.get(component)
+        if not isinstance(entry, list) or [str(part).removesuffix("Fast") for part in entry] != names:
+            raise ValueError(f"{index}: {component} {entry}; valid: {[_library(kind), kind.__name__]}")
+    match found.get("scheduler"):
+        case ["diffusers", str()]:
+            pass
+        case entry:
+            raise ValueError(f"{index}: scheduler {entry}; valid: one of diffusers")
+    _json(folder / "scheduler/scheduler_config.json")
+    for component in tokenizers:
+        there = {file.name for file in (folder / component).glob("*")}
+        if not any(needed <= there for needed in VOCABULARIES):  # loaders would make an empty one
+            valid = " or ".join(" and ".join(sorted(needed)) for needed in VOCABULARIES)
+            raise ValueError(f"{folder / component}: found no vocabulary among {sorted(there)}; valid: {valid}")
+    configs = {component: _json(folder / component / "config.json") for component in family.weights}
+    patch = family.patch or _entry(configs["transformer"], "patch_size", folder / "transformer/config.json")
+    blocks = _entry(configs["vae"], "block_out_channels", folder / "vae/config.json")
     latent_size(height, width, (0, 0), 2 ** (len(blocks) - 1), patch)
 
 
@@ -182,10 +193,17 @@ def load_decoder(
 
 def _weights(kind: type[Any], folder: Path, dtype: torch.dtype, variant: str | None) -> Any:
     """A component, frozen, with every weight from its file: loaders fill in random numbers for those that are missing."""
-    precision = {"torch_dtype" if _library(kind) == "diffusers" else "dtype": dtype}
-    model, info = kind.from_pretrained(
-        folder, variant=variant, use_safetensors=True, local_files_only=True, output_loading_info=True, **precision
-    )
+    if not any(folder.glob("*.safetensors")):
+        there = sorted(file.name for file in folder.glob("*"))
+        raise ValueError(f"{folder}: {there}; valid: *.safetensors (pickles are refused: reading one can execute code)")
+    options = {"torch_dtype" if _library(kind) == "diffusers" else "dtype": dtype, "use_safetensors": True}
+    options |= {"ignore_mismatched_sizes": True, "low_cpu_mem_usage": True} if _library(kind) == "transformers" else {}
+    try:
+        model, info = kind.from_pretrained(folder, variant=variant, local_files_only=True, output_loading_info=True, **options)
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{folder}: cannot be loaded ({error}); valid: as save_pretrained writes it") from error
     wrong: Collection[Any] = [*info["missing_keys"], *info["mismatched_keys"]]
     if wrong:
         raise ValueError(
@@ -208,3 +226,9 @@ def _json(file: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{file}: {type(found).__name__}; valid: an object, as save_pretrained writes it")
     return found
+
+
+def _entry(config: dict[str, Any], key: str, place: Path) -> Any:
+    if key not in config:
+        raise ValueError(f"{place}: no {key}; valid: with it, as save_pretrained writes it")
+    return config[key]

@@ -54,7 +54,6 @@ class Polynomial(Section):
 class LogSNR(Section):
     name: Literal["logsnr"]
     rho: None = None  # so that a composition can take away another schedule's
-    rho: None = None  # so that a composition can take away another schedule's
 
 
 class TimeUniform(Section):
@@ -69,7 +68,6 @@ class Discrete(Section):
 
 class FlowMatch(Section):
     name: Literal["flowmatch"]
-    rho: None = None
     rho: None = None
 
 
