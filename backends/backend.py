@@ -81,7 +81,8 @@ def counted_denoiser(
     if embedded is not None and guidance_scale != embedded:
         raise ValueError(f"guidance_scale: {guidance_scale}; valid: {embedded}, which the network is shown")
     if embedded is not None and any(negative or []):
-        raise ValueError(f"negative: {negative}; valid: none, for a network that is shown the guidance scale")
+        shown = next(filter(None, negative or []))
+        raise ValueError(f"negative: {shown!r}; valid: none, for a network that is shown the guidance scale")
     guided = embedded is None and guidance_scale != 1
     denoise = backend.denoiser([*prompts, *(negative or [""] * len(prompts))] if guided else prompts)
     counter = Counter(denoise if group is None else Sharded(denoise, group))

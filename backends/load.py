@@ -9,12 +9,22 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    HeunDiscreteScheduler,
+    LMSDiscreteScheduler,
+    PNDMScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
+    UniPCMultistepScheduler,
 )
 from safetensors import SafetensorError
 from torch import Tensor
@@ -27,6 +37,7 @@ from transformers import (
 )
 
 from backends.pipeline import PipelineBackend, decoded, latent_size
+from backends.preconditioning import Preconditioning
 from backends.sample import backend_of
 
 
@@ -53,6 +64,23 @@ class Family:
         """All folders that are needed."""
         return ["scheduler", *self.tokenizers, *self.weights]
 
+
+SCHEDULERS: dict[str, Any] = {
+    kind.__name__: kind
+    for kind in (
+        DDIMScheduler,
+        DDPMScheduler,
+        DPMSolverMultistepScheduler,
+        EulerAncestralDiscreteScheduler,
+        EulerDiscreteScheduler,
+        FlowMatchEulerDiscreteScheduler,
+        HeunDiscreteScheduler,
+        LMSDiscreteScheduler,
+        PNDMScheduler,
+        UniPCMultistepScheduler,
+    )
+}
+"""What a folder's scheduler may be: only how the network was trained is read from it."""
 
 VOCABULARIES = ({"tokenizer.json"}, {"vocab.json", "merges.txt"}, {"spiece.model"})
 """Files, one set of which a tokenizer has."""
@@ -109,21 +137,47 @@ def check_folder(name: str, folder: Path, height: int, width: int) -> None:
         names, entry = [_library(kind), kind.__name__.removesuffix("Fast")], found.get(component)
         if not isinstance(entry, list) or [str(part).removesuffix("Fast") for part in entry] != names:
             raise ValueError(f"{index}: {component} {entry}; valid: {[_library(kind), kind.__name__]}")
-    match found.get("scheduler"):
-        case ["diffusers", str()]:
-            pass
-        case entry:
-            raise ValueError(f"{index}: scheduler {entry}; valid: one of diffusers")
-    _json(folder / "scheduler/scheduler_config.json")
+    _check_scheduler(name, found.get("scheduler"), folder)
     for component in tokenizers:
         there = {file.name for file in (folder / component).glob("*")}
         if not any(needed <= there for needed in VOCABULARIES):  # loaders would make an empty one
             valid = " or ".join(" and ".join(sorted(needed)) for needed in VOCABULARIES)
             raise ValueError(f"{folder / component}: found no vocabulary among {sorted(there)}; valid: {valid}")
     configs = {component: _json(folder / component / "config.json") for component in family.weights}
-    patch = family.patch or _entry(configs["transformer"], "patch_size", folder / "transformer/config.json")
-    blocks = _entry(configs["vae"], "block_out_channels", folder / "vae/config.json")
-    latent_size(height, width, (0, 0), 2 ** (len(blocks) - 1), patch)
+    network, vae = folder / "transformer/config.json", folder / "vae/config.json"
+    match configs["vae"].get("block_out_channels"):
+        case [_, *more]:
+            factor = 2 ** len(more)
+        case entry:
+            raise ValueError(f"{vae}: block_out_channels {entry!r}; valid: a list of channels")
+    if family.patch is not None:
+        latent_size(height, width, (0, 0), factor, family.patch)
+        return
+    match configs["transformer"]:
+        case {"patch_size": int(patch), "pos_embed_max_size": int(patches)} if patch > 0 and patches > 0:
+            latent_size(height, width, (0, 0), factor, patch)
+            if max(height, width) > factor * patch * patches:
+                raise ValueError(f"height, width: {height}, {width}; valid: at most {factor * patch * patches}")
+        case config:
+            entries = {key: config.get(key) for key in ("patch_size", "pos_embed_max_size")}
+            raise ValueError(f"{network}: {entries}; valid: positive whole numbers")
+
+
+def _check_scheduler(name: str, entry: Any, folder: Path) -> None:
+    """Raise ValueError unless a folder's scheduler is of diffusers, and for a network as the family's is."""
+    index, file = folder / "model_index.json", folder / "scheduler/scheduler_config.json"
+    match entry:
+        case ["diffusers", str(kind)] if kind in SCHEDULERS:
+            config = SCHEDULERS[kind].from_config(_json(file)).config
+        case _:
+            raise ValueError(f"{index}: scheduler {entry}; valid: one of diffusers, {', '.join(SCHEDULERS)}")
+    try:
+        found = Preconditioning.of(config)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    if found.is_flow != (name != "sd15"):
+        kind = "a flow network" if found.is_flow else "a variance-preserving one"
+        raise ValueError(f"{file}: of {kind}; valid: {'a variance-preserving one' if found.is_flow else 'a flow network'}")
 
 
 def truncated(name: str, folder: Path, prompts: Sequence[str]) -> dict[str, tuple[int, int]]:
@@ -226,9 +280,3 @@ def _json(file: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{file}: {type(found).__name__}; valid: an object, as save_pretrained writes it")
     return found
-
-
-def _entry(config: dict[str, Any], key: str, place: Path) -> Any:
-    if key not in config:
-        raise ValueError(f"{place}: no {key}; valid: with it, as save_pretrained writes it")
-    return config[key]

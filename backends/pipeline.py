@@ -1,5 +1,6 @@
 """What the backbones in diffusers pipelines share: prompts encoded once, the network in its precision, decoding in parts."""
 
+import math
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
@@ -54,7 +55,7 @@ class PipelineBackend(ABC):
             guidance=guidance,
             device=pipe._execution_device,
         )
-        self.texts = Texts(self._encode)
+        self.texts = Texts(self._encode_alone)
 
     def denoiser(self, prompts: Sequence[str]) -> Conditioned:
         conditions = self.texts(prompts, self.spec.device)
@@ -62,9 +63,12 @@ class PipelineBackend(ABC):
 
         def evaluate(x: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
             level = sigma.view(-1, 1, 1, 1)
-            shown = preconditioning.network_input(x, level).to(conditions[0].dtype)
-            output = self._network(shown, preconditioning.timestep(sigma), *(condition[rows] for condition in conditions))
-            return preconditioning.denoised(x, output.to(x.dtype), level)
+            shown, time = preconditioning.network_input(x, level).clone(), preconditioning.timestep(sigma)
+            embeddings = (condition[rows] for condition in conditions)
+            output = self._network(shown.to(conditions[0].dtype), time, *embeddings).to(x.dtype)
+            if conditions[0].dtype == torch.float16 and output.requires_grad:
+                scale_gradient([shown, time], output)
+            return preconditioning.denoised(x, output, level)
 
         return Conditioned(evaluate, len(prompts))
 
@@ -77,6 +81,11 @@ class PipelineBackend(ABC):
         self.texts.keep(prompts)
         names = [name for name in self.pipe.components if name.startswith("text_encoder")]
         self.pipe.register_modules(**dict.fromkeys(names))
+        self.pipe.maybe_free_model_hooks()  # which hold them, too, where the pipeline is offloaded
+
+    def _encode_alone(self, prompt: str) -> Embeddings:
+        self.pipe.maybe_free_model_hooks()  # of an offloaded pipeline, the network leaves the device first
+        return self._encode(prompt)
 
     @abstractmethod
     def _encode(self, prompt: str) -> Embeddings:
@@ -123,6 +132,27 @@ class Texts:
             self.known[prompt] = tuple(embedding.cpu() for embedding in self.encode(prompt))
         self.known.move_to_end(prompt)
         return self.known[prompt]
+
+
+def scale_gradient(inputs: Sequence[Tensor], output: Tensor) -> None:
+    """Have the gradient pass a network in float16 at a scale at which it does not vanish there: its largest number near 1.
+
+    Args:
+        inputs: what the network is called with, before the cast to half precision, used for nothing else.
+        output: what it gives, after the cast back.
+    """
+    scale = 1.0
+
+    def up(gradient: Tensor) -> Tensor:
+        nonlocal scale
+        largest = gradient.abs().max().item()
+        scale = 2.0 ** -math.frexp(largest)[1] if 0 < largest < math.inf else 1.0
+        return gradient * scale
+
+    output.register_hook(up)
+    for tensor in inputs:
+        if tensor.requires_grad:
+            tensor.register_hook(lambda gradient: gradient / scale)
 
 
 def latent_size(height: int | None, width: int | None, own: tuple[int, int], factor: int, patch: int = 1) -> tuple[int, int]:

@@ -89,11 +89,10 @@ class Preconditioning:
 
     def timestep(self, sigma: Tensor) -> Tensor:
         """The time that the network is shown for noise levels of any shape, float32; levels beyond the table are its ends."""
-        level = sigma.cpu().double()  # which some devices lack
         if self.table is None:
-            times = level * self.times
-        else:
-            times = discrete_time(level.clamp(self.table[0], self.table[-1]), self.table) * self.times - 1
+            return (sigma * self.times).float()
+        level = sigma.cpu().double()  # where the table is
+        times = discrete_time(level.clamp(self.table[0], self.table[-1]), self.table) * self.times - 1
         return times.to(sigma.device, torch.float32)
 
     def network_input(self, x: Tensor, sigma: float | Tensor) -> Tensor:

@@ -65,8 +65,8 @@ class Sharded:
         self.group = group
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and x.requires_grad:
-            raise ValueError("x: with gradient, which does not cross processes; valid: under torch.no_grad()")
+        if torch.is_grad_enabled() and (x.requires_grad or sigma.requires_grad):
+            raise ValueError("x, sigma: with gradient, which does not cross processes; valid: under torch.no_grad()")
         shares = [slice(len(x) * rank // self.size, len(x) * (rank + 1) // self.size) for rank in range(self.size)]
         mine = self.denoise.rows(x, sigma, shares[self.rank]) if _count(shares[self.rank]) else x[:0]
         padded = x.new_zeros(max(map(_count, shares)), *x.shape[1:])  # gathered tensors have to be of one shape

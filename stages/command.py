@@ -65,11 +65,11 @@ def command(stage: Callable[..., None], has_ranks: bool = False) -> None:
         except KeyboardInterrupt:
             _fail(name, "interrupted; nothing is half-written, the same command goes on", INTERRUPTED)
         except (torch.OutOfMemoryError, MemoryError) as error:
-            _fail(name, _out_of_memory(error, stage.__name__, chosen.get(stage.__name__)))
+            _fail(name, _out_of_memory(error, stage.__name__, chosen.get(stage.__name__), has_ranks))
         except RuntimeError as error:
             if "can't allocate memory" not in str(error):  # torch's words, on the CPU
                 raise
-            _fail(name, _out_of_memory(error, stage.__name__, chosen.get(stage.__name__)))
+            _fail(name, _out_of_memory(error, stage.__name__, chosen.get(stage.__name__), has_ranks))
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
@@ -82,15 +82,13 @@ def command(stage: Callable[..., None], has_ranks: bool = False) -> None:
     typer.run(main)
 
 
-def _out_of_memory(error: Exception, stage: str, section: object) -> str:
-    """What to do about it, where a stage has a batch size: that may change where a run goes on."""
+def _out_of_memory(error: Exception, stage: str, section: object, resumes: bool) -> str:
+    """What to do about it. Where results do not depend on the batch size, a run goes on with another one."""
     size = section.model_dump().get("batch_size") if isinstance(section, Section) else None
     lower = f"{stage}.batch_size is {size}: lower it, or set" if size else "set"
     found = str(error).partition("\n")[0] or type(error).__name__
-    return (
-        f"out of memory ({found}); {lower} compute.drop_text_encoders, compute.slicing, compute.offload, or a half-precision "
-        "backbone.dtype; what is done is kept, the same command goes on"
-    )
+    then = "what is done is kept, the same command goes on" if resumes else f"another {stage}.batch_size begins anew"
+    return f"out of memory ({found}); {lower} compute.drop_text_encoders, compute.slicing or compute.offload; {then}"
 
 
 def _stop(signum: int, frame: object) -> None:

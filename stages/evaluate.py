@@ -42,8 +42,7 @@ def evaluate(sampler: str, *, compute: Compute, evaluate: Evaluate) -> None:
         squared_error = (mine - others).square().flatten(1).mean(1)
         return {**found, "squared_error": squared_error, "reference_features": scorers.frechet.features(decode(others))}
 
-    # batch sizes may move last bits of what is summed up: they count
-    work = Work({"evaluate": evaluate}, [RECORD, *files])
+    work = Work({}, [RECORD, *files])
     scores = by_parts(name, work, ranks, len(states), evaluate.batch_size, scored)
     if scores is not None:
         results, resamples = summary(scores, refs, evaluate, sampler)
@@ -84,6 +83,7 @@ def archive(path: Path, samples: Tensor | None = None) -> tuple[Tensor, Tensor, 
     with reading(path):
         tensors, cost = read_tensors(path)
         states, found = tensors["states"], tensors["samples"]
+        require(path, "states", len(states), len(found))
         if samples is not None:
             require(path, "samples", found.tolist(), samples.tolist())
         return states, found, {key: cost[key] for key in ("serial_evaluations", "total_evaluations")}

@@ -163,7 +163,7 @@ class Folder:
         for path in progress(paths, f"from {self.place}", "file"):
             if not (self._root / path).is_file():
                 raise FetchError(f"{self._root / path}: found no file; valid: {shown(self.files())}")
-            put(self._root / path, targets[path])
+            put(self._root / path, targets[path], link=False)  # what is written there later must not change these
 
 
 def target_of(folder: Path, path: str) -> Path:
@@ -174,16 +174,17 @@ def target_of(folder: Path, path: str) -> Path:
     return folder / path
 
 
-def put(source: Path, target: Path) -> None:
-    """A file at another path, too: the same one where the file system can, else a copy."""
+def put(source: Path, target: Path, link: bool) -> None:
+    """A file at another path, too: the same one if it may be and the file system can, else a copy."""
     with atomic(target) as temporary:
+        if link:
+            with suppress(OSError):  # another file system, or one without links
+                os.link(source.resolve(), temporary)
+                return
         try:
-            os.link(source.resolve(), temporary)
-        except OSError:  # another file system, or one without links
-            try:
-                shutil.copyfile(source, temporary)
-            except PermissionError as error:
-                raise FetchError(f"{error.filename}: {error.strerror}; valid: a file that may be read") from None
+            shutil.copyfile(source, temporary)
+        except PermissionError as error:
+            raise FetchError(f"{error.filename}: {error.strerror}; valid: a file that may be read") from None
 
 
 def short(text: str) -> str:

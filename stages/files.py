@@ -48,6 +48,9 @@ MADE_BY = {
 }
 
 
+NO_SPACE = "no space left"
+
+
 class StageError(Exception):
     """A stage cannot go on, for a reason that its message tells in full."""
 
@@ -105,8 +108,8 @@ def atomic(path: Path) -> Iterator[Path]:
         else:
             temporary.replace(path)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise OSError(errno.ENOSPC, "no space left", str(path)) from error
+        if error.errno == errno.ENOSPC and error.strerror != NO_SPACE:  # what was written inside has said so for itself
+            raise OSError(errno.ENOSPC, NO_SPACE, str(path)) from error
         raise
     finally:
         _remove(temporary)

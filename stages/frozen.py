@@ -1,7 +1,8 @@
 """What the stage `backbone` made, as the others use it: the frozen model and its prompts."""
 
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ from torch import Tensor
 from backends import Backend, Digits, counted_denoiser
 from solvers import Backbone, Counter, Denoiser
 from stages.device import device_of
-from stages.files import BACKBONE, reading, write_json
+from stages.files import BACKBONE, InputError, reading, write_json
 from stages.params import Compute, Weights
 from stages.prompts import Prompts
 
 RECORD, PROMPTS = BACKBONE / "backbone.json", BACKBONE / "prompts.json"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 UNET, DATA = "unet.safetensors", "digits.safetensors"
 
 
@@ -85,15 +87,26 @@ def load_frozen(guidance_scale: float, compute: Compute, samples: Mapping[str, I
         record, prompts = Record.load(), Prompts.load(PROMPTS)
         if record.name == "digits":
             return Frozen(Digits.load(BACKBONE / UNET), prompts, record.identity)
-        from backends.load import load_backend  # diffusers takes seconds, which digits need not wait for
+    from backends.load import load_backend  # diffusers takes seconds, which digits need not wait for
 
-        folder, options = pipeline_of(record)
-        options |= {"device": device, "offload": compute.offload, "slicing": compute.slicing}
-        backend = load_backend(record.name, folder, guidance_scale=guidance_scale, **options)
-        if compute.drop_text_encoders:
-            wanted = [prompt for split, indices in samples.items() for prompt in prompts(split, indices)]
-            backend.keep_texts([*wanted, prompts.negative])
-        return Frozen(backend, prompts, record.identity)
+    folder, variant = pipeline_of(record)
+    with loading():
+        backend = load_backend(
+            record.name,
+            folder,
+            record.settings["height"],
+            record.settings["width"],
+            DTYPES[record.settings["dtype"]],
+            variant,
+            guidance_scale,
+            device,
+            compute.offload,
+            compute.slicing,
+        )
+    if compute.drop_text_encoders:
+        wanted = [prompt for split, indices in samples.items() for prompt in prompts(split, indices)]
+        backend.keep_texts([*wanted, prompts.negative])
+    return Frozen(backend, prompts, record.identity)
 
 
 def load_decoder(compute: Compute) -> Callable[[Tensor], Tensor]:
@@ -101,12 +114,24 @@ def load_decoder(compute: Compute) -> Callable[[Tensor], Tensor]:
     device = device_of(compute)
     with reading(BACKBONE):
         record = Record.load()
-        if record.name == "digits":
-            return Digits.decode
-        from backends import load
+    if record.name == "digits":
+        return Digits.decode
+    from backends import load
 
-        folder, options = pipeline_of(record)
-        return load.load_decoder(folder, options["dtype"], options["variant"], device, compute.slicing)
+    folder, variant = pipeline_of(record)
+    with loading():
+        return load.load_decoder(folder, DTYPES[record.settings["dtype"]], variant, device, compute.slicing)
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """Turn what is wrong with a model's files, which is not the stage's fault, into an InputError; it names the file."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise InputError(f"{error.filename}: missing; valid: as save_pretrained writes it") from error
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
 def files_of(name: str, variant: str | None) -> Callable[[Collection[str], str], list[str]]:
@@ -121,10 +146,9 @@ def files_of(name: str, variant: str | None) -> Callable[[Collection[str], str],
     return choose
 
 
-def pipeline_of(record: Record) -> tuple[Path, dict[str, Any]]:
-    """The folder of the pipeline, fetched again where this machine has not got it, and what it is loaded with."""
+def pipeline_of(record: Record) -> tuple[Path, str | None]:
+    """The folder of the pipeline, fetched again where this machine has not got it, and the variant of its files."""
     from stages.weights import weights_folder  # what it takes to fetch, too
 
     weights = Weights(**record.weights["pipeline"])
-    folder, _ = weights_folder(weights, files_of(record.name, weights.variant))
-    return folder, {**record.settings, "dtype": getattr(torch, record.settings["dtype"]), "variant": weights.variant}
+    return weights_folder(weights, files_of(record.name, weights.variant))[0], weights.variant

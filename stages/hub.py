@@ -90,7 +90,7 @@ class Hub:
             for path in missing:
                 self._download(path, entries[path])
         for path, target in targets.items():
-            put(self._snapshot / path, target)
+            put(self._snapshot / path, target, link=True)
 
     def _known(self) -> dict[str, _Entry]:
         """What the hub said of this commit to the client or to this module; nothing if neither asked. It cannot change."""
@@ -158,7 +158,7 @@ class Hub:
             try:
                 pointer.symlink_to(os.path.relpath(blob, pointer.parent))
             except OSError:  # a file system without
-                put(blob, pointer)
+                put(blob, pointer, link=True)
 
     def _receive(self, path: str, entry: _Entry, part: Path, blob: Path) -> str:
         """The hash of what came, which replaces the blob if it is right, and else is gone."""

@@ -77,6 +77,12 @@ class Method(ABC):
         return range(iteration * self.settings.groups, (iteration + 1) * self.settings.groups)
 
 
+def asked_of(settings: RDPO) -> range:
+    """Training samples whose prompts the iterations' rollouts have: one for each group, or for each image."""
+    each = settings.groups * (settings.tables if settings.method == "reward_gradient" else 1)
+    return range(each, (settings.iterations + 1) * each)
+
+
 class _Descent(Method):
     """What the methods with a gradient have: the policy's network, and AdamW."""
 

@@ -142,6 +142,11 @@ class Metrics(Section):
     def _has_judges_that_are_not_the_reward(self) -> "Metrics":
         if self.reward in self.judges:
             raise ValueError(f"judges: found {self.judges}; valid: without {self.reward}, which is the reward")
+        if self.reward == self.features:
+            raise ValueError(f"features: found {self.features}, which is the reward; valid: those of a judge")
+        of_reward = [weights for name, weights in self.weights.items() if name == self.reward]
+        if same := [name for name, weights in self.weights.items() if name != self.reward and weights in of_reward]:
+            raise ValueError(f"weights: found the reward's, {self.reward}, for {', '.join(same)}; valid: weights of its own")
         used = {self.reward, self.features, *self.judges} & set(get_args(ImageMetric))
         if used != set(self.weights):
             raise ValueError(f"weights: found those of {sorted(self.weights)}; valid: of the metrics named, {sorted(used)}")
@@ -388,7 +393,11 @@ class Params(Section):
         if wrong or digits != isinstance(self.refs, RealImages):
             found = ", ".join([*wrong, f"refs.source {self.refs.source}"])
             raise ValueError(f"metrics: found {found}; valid: those of conf/backbone for {name}")
-        if not digits and getattr(self.distill, "loss", "end") == "features":
+        if name == "flux" and self.prompts.negative:
+            raise ValueError(
+                f"prompts.negative: found {self.prompts.negative!r}; valid: '', for flux, whose guidance is embedded"
+            )
+        if not digits and not isinstance(self.distill, DODE) and self.distill.loss == "features":
             raise ValueError(f"distill.loss: found 'features'; valid: 'end' or 'nodes', for the backbone {name}")
         return self
 

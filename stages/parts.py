@@ -40,7 +40,7 @@ def by_parts(name: str, work: Work, ranks: Ranks, items: int, batch_size: int, m
         StageError: a part is damaged, or another rank's are not there.
     """
     folder = PARTS / name
-    if ranks.first and not (folder / WORK).exists():
+    if ranks.first and not _parts(folder):  # what failed before its first part is no work
         write_json(folder / WORK, work.identity)
     ranks.wait()
     if not (folder / WORK).exists():
@@ -57,6 +57,8 @@ def by_parts(name: str, work: Work, ranks: Ranks, items: int, batch_size: int, m
     if not ranks.first:
         return None
     done = _parts(folder)
+    if sum(map(len, done)) > items:
+        raise StageError(f"{folder}: parts overlap: {sorted(file.stem for file in done.values())}; valid: none, to start anew")
     if lacking := _missing(list(done), items, items):
         first, last = lacking[0].start, lacking[0].stop - 1
         raise StageError(f"{folder}: nothing of items {first} to {last}; valid: one folder for all ranks")

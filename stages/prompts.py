@@ -11,6 +11,7 @@ from typing import Any
 
 from stages.files import InputError, write_json
 from stages.noise import SPLITS
+from stages.seeds import short
 from stages.training import rng
 
 COLUMNS = ("text", "texts", "prompt", "prompts", "caption", "captions")
@@ -113,7 +114,7 @@ def _of_file(file: Path) -> list[str]:
         raise InputError(f"{file}: found no prompts; valid: one or more")
     for prompt in prompts:
         if found := CONTROL.search(prompt):
-            raise InputError(f"{file}: found {found[0]!r} in {_short(prompt)}; valid: prompts without control characters")
+            raise InputError(f"{file}: found {found[0]!r} in {short(prompt)}; valid: prompts without control characters")
     return prompts
 
 
@@ -134,7 +135,7 @@ def _of_table(file: Path) -> list[str]:
     header = [name.strip().lower() for name in rows[0][1]] if rows else list(COLUMNS)
     column = next((header.index(name) for name in COLUMNS if name in header), None)
     if column is None:
-        raise InputError(f"{file}: found columns {_short(header)}; valid: one of {', '.join(COLUMNS)}")
+        raise InputError(f"{file}: found columns {short(header)}; valid: one of {', '.join(COLUMNS)}")
     for line, row in rows:
         # more fields than names: a prompt with a comma and no quotes, of which only the beginning would be read
         if len(row) <= column or any(row[len(header) :]):
@@ -169,7 +170,7 @@ def _of_json(file: Path) -> list[str]:
             return value
         case dict() if _are_texts(*value.values()):
             return [text for texts in value.values() for text in texts]
-    raise InputError(f"{file}: found {_short(value)}; valid: {JSON}")
+    raise InputError(f"{file}: found {short(value)}; valid: {JSON}")
 
 
 def _captions(file: Path, annotations: list[Any]) -> list[str]:
@@ -180,7 +181,7 @@ def _captions(file: Path, annotations: list[Any]) -> list[str]:
             case {"image_id": int(image) | str(image), "id": int(number), "caption": str(caption)}:
                 chosen[image] = min(chosen.get(image, (number, caption)), (number, caption))
             case _:
-                raise InputError(f"{file}: found annotation {_short(annotation)}; valid: {JSON}")
+                raise InputError(f"{file}: found annotation {short(annotation)}; valid: {JSON}")
     return [caption for _, caption in chosen.values()]
 
 
@@ -189,7 +190,7 @@ def _parsed(file: Path, text: str) -> Any:
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(dict(pairs)) < len(pairs):
-            raise ValueError(f"a key twice among {_short([key for key, _ in pairs])}")
+            raise ValueError(f"a key twice among {short([key for key, _ in pairs])}")
         return dict(pairs)
 
     try:
@@ -200,12 +201,6 @@ def _parsed(file: Path, text: str) -> Any:
 
 def _are_texts(*values: object) -> bool:
     return all(isinstance(value, list) and all(isinstance(text, str) for text in value) for value in values)
-
-
-def _short(value: object) -> str:
-    """On one line, and not all of it where it is long."""
-    text = repr(value)
-    return text if len(text) <= 120 else f"{text[:117]}..."
 
 
 READERS: dict[str, Callable[[Path], list[str]]] = {

@@ -30,7 +30,7 @@ from stages.files import (
     write_csv,
 )
 from stages.frozen import RECORD, load_frozen
-from stages.methods import METHODS, Method
+from stages.methods import METHODS, Method, asked_of
 from stages.params import RDPO as RDPOParams  # noqa: N811
 from stages.params import Compute
 from stages.ranks import Ranks
@@ -57,8 +57,8 @@ def rdpo(*, seed: int, guidance_scale: float, compute: Compute, rdpo: RDPOParams
     with reading(DISTILLED):
         distilled = load_predictor(DISTILLED, guidance_scale=guidance_scale)
     policy = new_policy(distilled.table, rdpo, seed)
-    samples = {"train": range(rdpo.groups, (rdpo.iterations + 1) * rdpo.groups), "validation": range(rdpo.validation)}
-    frozen, scorers = load_frozen(guidance_scale, compute, samples), load_scorers(compute)
+    asked = {"train": asked_of(rdpo), "validation": range(rdpo.validation)}
+    frozen, scorers = load_frozen(guidance_scale, compute, asked), load_scorers(compute)
     watch = Watch(scorers.judges, scorers.watched, scorers.frechet, refs)
     rollouts = Rollouts(frozen, scorers.reward, distilled, seed, rdpo.batch_size)
     method = METHODS[rdpo.method](policy, rollouts, ranks, rdpo, seed)

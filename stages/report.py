@@ -73,7 +73,7 @@ def report(*, samplers: dict[str, Sampler], metrics: Metrics, refs: Refs) -> Non
         pictures={name: picture(scores[name]["pictures"]) for name in samplers},
         height=min(SHOWN, scores[BASE]["pictures"].shape[2]),
         prompts=values["prompts"],
-        curves=[distillation_curve(), rdpo_curve()],
+        curves=[distillation_curve(), rdpo_curve("the real digits" if real else "other images of the reference")],
         times=times,
     )
     with atomic(PAGE) as temporary:
@@ -200,11 +200,11 @@ def distillation_curve() -> str:
     return svg(figure)
 
 
-def rdpo_curve() -> str:
+def rdpo_curve(others: str) -> str:
     """Reward against Frechet distance on validation noise, the deployed table marked."""
     points = read_csv(RESULTS / "rdpo.csv")
     figure = Figure(figsize=(5.5, 3.6), layout="constrained")
-    axes = figure.add_subplot(title="RDPO, validation", xlabel="FD to the real digits", ylabel="mean reward")
+    axes = figure.add_subplot(title="RDPO, validation", xlabel=f"FD to {others}", ylabel="mean reward")
     axes.errorbar(
         [p["frechet_distance"] for p in points], [p["reward"] for p in points], [p["gain_95"] for p in points], marker="."
     )

@@ -14,7 +14,7 @@ from metrics.frechet import JUDGE, Frechet
 from metrics.log_probability import LogProbability
 from stages.device import device_of
 from stages.files import BACKBONE, reading
-from stages.frozen import RECORD, Record
+from stages.frozen import RECORD, Record, loading
 from stages.params import Compute, Weights
 
 
@@ -47,9 +47,9 @@ def load_scorers(compute: Compute) -> Scorers:
     device = device_of(compute)
     with reading(BACKBONE):
         record = Record.load()
-        judges = {name: scorer(name, record, device) for name in record.judges}
-        watched = {"brightness": brightness, "saturation": saturation}
-        return Scorers(scorer(record.reward, record, device), judges, watched, frechet(record, device))
+    judges = {name: scorer(name, record, device) for name in record.judges}
+    watched = {"brightness": brightness, "saturation": saturation}
+    return Scorers(scorer(record.reward, record, device), judges, watched, frechet(record, device))
 
 
 def model_of(record: Record, name: str) -> Path:
@@ -65,20 +65,27 @@ def scorer(name: str, record: Record, device: torch.device) -> Scorer:
     """The metric of that name."""
     match name:
         case "log_probability":
-            return LogProbability(BACKBONE / "reward.safetensors")
+            with reading(BACKBONE):
+                return LogProbability(BACKBONE / "reward.safetensors")
         case "accuracy":
-            return Accuracy(BACKBONE / "judge.safetensors")
+            with reading(BACKBONE):
+                return Accuracy(BACKBONE / "judge.safetensors")
         case "clip_score" | "pick_score":
             from metrics.clip import ClipScore, PickScore  # transformers, as diffusers, takes seconds
 
-            return {"clip_score": ClipScore, "pick_score": PickScore}[name](model_of(record, name), device)
+            folder = model_of(record, name)
+            with loading():
+                return {"clip_score": ClipScore, "pick_score": PickScore}[name](folder, device)
     raise ValueError(f"{RECORD}: metric {name!r}; valid: log_probability, accuracy, clip_score, pick_score")
 
 
 def frechet(record: Record, device: torch.device) -> Frechet:
     """Distances in the features of the metric that has them."""
     if record.features == "accuracy":
-        return Frechet(JUDGE, BACKBONE / "judge.safetensors")
+        with reading(BACKBONE):
+            return Frechet(JUDGE, BACKBONE / "judge.safetensors")
     from metrics.clip import CLIP
 
-    return Frechet(CLIP, model_of(record, record.features), cuda=device.type == "cuda")
+    folder = model_of(record, record.features)
+    with loading():
+        return Frechet(CLIP, folder, cuda=device.type == "cuda")

@@ -17,17 +17,17 @@ def parse_seeds(text: str | int) -> list[int]:
         match = re.fullmatch(r"\s*([0-9]{1,12})(?:\s*-\s*([0-9]{1,12}))?\s*", part)
         ends = [int(end) for end in match.groups(default=match[1])] if match else [1, 0]
         if ends[0] > ends[1]:
-            raise ValueError(f"found {_short(part)} in {_short(text)}; {valid}")
+            raise ValueError(f"found {short(part)} in {short(text)}; {valid}")
         ranges.append(range(ends[0], ends[1] + 1))
     for before, after in pairwise(sorted(ranges, key=lambda seeds: seeds.start)):
         if after.start < before.stop:
-            raise ValueError(f"found {after.start} twice in {_short(text)}; {valid}, each once")
+            raise ValueError(f"found {after.start} twice in {short(text)}; {valid}, each once")
     if (total := sum(map(len, ranges))) > MOST_SEEDS:
-        raise ValueError(f"found {total:,} of them in {_short(text)}; {valid}")
+        raise ValueError(f"found {total:,} of them in {short(text)}; {valid}")
     return [seed for seeds in ranges for seed in seeds]
 
 
-def _short(value: object) -> str:
-    """On one line, and not all of it where it is long."""
+def short(value: object) -> str:
+    """A value for a message, on one line, and not all of it where it is long."""
     text = repr(value)
     return text if len(text) <= 120 else f"{text[:117]}..."

@@ -1,19 +1,24 @@
 """Where this machine keeps the files of frozen models: each set once, by the sha256 of its list, outside of any workspace."""
 
+import fcntl
 import hashlib
+import os
 import re
-from collections.abc import Callable, Collection
+import shutil
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import typer
 from huggingface_hub import constants
 
-from stages.fetch import FetchError, Folder, Origin, check_weights, checksums
+from stages.fetch import FetchError, Folder, Origin, check_weights, checksums, short
 from stages.params import Weights
 
-STORE = Path(constants.HF_HOME) / "parasol"
-"""On the file system of the hub's cache, so that its files are linked, not copied."""
+VARIABLE = "PARASOL_WEIGHTS"
+STORE = Path(os.environ.get(VARIABLE) or Path(constants.HF_HUB_CACHE).parent / "parasol")
+"""Unless told otherwise, on the file system of the hub's cache, so that its files are linked, not copied."""
 
 Choice = Callable[[Collection[str], str], list[str]]
 """Which files of those that there are are needed; the text names the place in errors."""
@@ -46,14 +51,18 @@ def weights_folder(weights: Weights, choose: Choice, check: Callable[[Path], Non
     Raises:
         FetchError: they cannot be had, are damaged, or not those that were asked for.
     """
-    if weights.sha256 is not None and (STORE / weights.sha256).is_dir():
-        _checked(STORE / weights.sha256, str(STORE / weights.sha256), check)
-        return STORE / weights.sha256, weights.sha256
+    with _alone(weights):
+        if weights.sha256 is not None and (STORE / weights.sha256).is_dir():
+            _checked(STORE / weights.sha256, str(STORE / weights.sha256), check)
+            return STORE / weights.sha256, weights.sha256
+        return _fetched(weights, choose, check)
+
+
+def _fetched(weights: Weights, choose: Choice, check: Callable[[Path], None]) -> tuple[Path, str]:
     source = origin(weights.source, weights.id, weights.revision)
     files = choose(source.files(), source.place)
     large = [file for file in files if file.endswith(".safetensors")]
-    STORE.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=STORE) as work:
+    with TemporaryDirectory(prefix=f".{_key(weights)}-", dir=STORE) as work:
         folder = Path(work) / "files"
         source.get([file for file in files if file not in large], folder)
         _checked(folder, source.place, check)
@@ -66,6 +75,25 @@ def weights_folder(weights: Weights, choose: Choice, check: Callable[[Path], Non
             folder.rename(STORE / found)
     typer.echo(f"{source.place}: {len(files)} files, sha256 of their list {found}", err=True)
     return STORE / found, found
+
+
+@contextmanager
+def _alone(weights: Weights) -> Iterator[None]:
+    """Wait until no other process of this machine fetches the same, and clear away what one that was killed left."""
+    try:
+        STORE.mkdir(parents=True, exist_ok=True)
+        with (STORE / f".{_key(weights)}.lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            for left in STORE.glob(f".{_key(weights)}-*"):
+                shutil.rmtree(left)
+            yield
+    except PermissionError as error:
+        raise FetchError(f"{error.filename}: {error.strerror}; valid: {VARIABLE}, a folder that may be written") from None
+
+
+def _key(weights: Weights) -> str:
+    """Of a source."""
+    return short(f"{weights.source} {weights.id} {weights.revision} {weights.variant}")
 
 
 def _checked(folder: Path, place: str, check: Callable[[Path], None]) -> None:

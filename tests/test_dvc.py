@@ -36,7 +36,7 @@ def test_a_stage_declares_the_sections_that_its_function_receives(name: str) -> 
     declared = {param.split(".")[0] for param in definition.get("params", [])}
     function = getattr(importlib.import_module(f"stages.{name}"), name)
     received = {p.name for p in inspect.signature(function).parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY}
-    assert declared == received
+    assert declared == received - {"compute"}, "which does not decide what is computed"
     assert definition["cmd"].startswith(f"python -m stages.{name}")
     assert f"stages/{name}.py" in definition["deps"]
 

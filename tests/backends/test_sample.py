@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 with warnings.catch_warnings():  # of diffusers' and transformers' own imports
@@ -197,3 +198,20 @@ def test_a_backbone_is_compared_where_it_can_be(pipes: Callable[[str], Any]) -> 
     with pytest.raises(ValueError, match=r'backbone: someone/else; valid: tiny, .*allow=\["backbone"\]'):
         sample(pipe, made, "a boat")
     sample(pipe, made, "a boat", guidance_scale=1.0, allow=["backbone", "guidance_scale"])
+
+
+def test_a_group_shares_the_rows_of_each_call(
+    pipes: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of this process alone; tests/solvers/test_sharded.py has several."""
+    pipe, made = pipes("sd3"), predictor("epd2", "sd3")
+    expected = sample(pipe, made, PROMPTS, generator(), **SIZE, output_type="pt")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    gather, gathered = dist.all_gather, list[int]()
+    monkeypatch.setattr(dist, "all_gather", lambda every, mine, group: gathered.append(len(mine)) or gather(every, mine, group))
+    try:
+        found = sample(pipe, made, PROMPTS, generator(), **SIZE, output_type="pt", group=dist.group.WORLD)
+    finally:
+        dist.destroy_process_group()
+    assert torch.equal(found, expected)
+    assert gathered == [2 * len(PROMPTS), 4 * len(PROMPTS)] * STEPS, "both halves of guidance, and of a step's two points"

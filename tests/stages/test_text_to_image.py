@@ -226,16 +226,68 @@ def test_what_was_sampled_outlives_a_kill_and_another_batch_size(
 def test_parts_of_other_work_are_refused(change: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     from stages.sampling import Run
 
-    def dies(*_: Any) -> Any:
-        raise KilledError
+    states_of, made = Run.states, list[Any]()
+
+    def dies(self: Run, frozen: Any, split: str, samples: Any) -> Any:
+        made.append(samples)
+        if len(made) in (1, 3):
+            raise KilledError
+        return states_of(self, frozen, split, samples)
 
     with monkeypatch.context() as patch:
         patch.setattr(Run, "states", dies)
         with pytest.raises(KilledError):
             run("sample", ["reference"])
-    change(seed=1)
-    with pytest.raises(CheckpointError, match=r"data/parts/sample@reference: of an unfinished run .*: seed was 0, is 1; valid"):
+        change(seed=1)  # nothing was made: nothing stands in the way
+        with pytest.raises(KilledError):
+            run("sample", ["reference"])
+    change(seed=0)
+    with pytest.raises(CheckpointError, match=r"data/parts/sample@reference: of an unfinished run .*: seed was 1, is 0; valid"):
         run("sample", ["reference"])
+
+
+def test_parts_that_overlap_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an orphan of a killed run may leave them."""
+    from stages.checkpoint import Work
+    from stages.files import write_tensors
+    from stages.parts import by_parts
+    from stages.ranks import Ranks
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("00000000-00000004", "00000002-00000004"):
+        write_tensors(Path(f"data/parts/work/{name}.safetensors"), {"x": torch.zeros(4)})
+    work = Work({}, [])
+    Path("data/parts/work/work.json").write_text(json.dumps(work.identity))
+    with pytest.raises(StageError, match=r"data/parts/work: parts overlap: \['00000000-00000004', '00000002-.*; valid: none"):
+        by_parts("work", work, Ranks(), 4, 4, lambda batch: {"x": torch.zeros(len(batch))})
+
+
+def test_reward_gradient_keeps_the_prompts_that_it_asks_for(here: Path, change: Callable[..., None]) -> None:
+    change(compute__drop_text_encoders=True, rdpo__method="reward_gradient")
+    run("rdpo", [])
+
+
+def test_an_evaluation_goes_on_with_another_batch_size(
+    done: Path, change: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stages.scorers import Scorers
+
+    scores, made = Scorers.scores, list[int]()
+
+    def dies(self: Scorers, images: Any, prompts: Any) -> Any:
+        made.append(len(images))
+        if len(made) == 2:
+            raise KilledError
+        return scores(self, images, prompts)
+
+    monkeypatch.setattr(Scorers, "scores", dies)
+    with pytest.raises(KilledError):
+        run("evaluate", ["distilled"])
+    change(evaluate__batch_size=3, evaluate__pictures=2)
+    run("evaluate", ["distilled"])
+    assert made[2:] == [3, 3], "what was done was not done again"
+    found, expected = (load_file(folder / "data/scores/distilled.safetensors")["reward"] for folder in (Path(), done))
+    assert torch.allclose(found, expected, atol=1e-5)
 
 
 def test_out_of_memory_says_what_to_lower_and_keeps_what_is_done(
