@@ -168,13 +168,16 @@ def _check_scheduler(name: str, entry: Any, folder: Path) -> None:
     index, file = folder / "model_index.json", folder / "scheduler/scheduler_config.json"
     match entry:
         case ["diffusers", str(kind)] if kind in SCHEDULERS:
-            config = SCHEDULERS[kind].from_config(_json(file)).config
+            given = _json(file)
         case _:
             raise ValueError(f"{index}: scheduler {entry}; valid: one of diffusers, {', '.join(SCHEDULERS)}")
+    trained = ("shift",) if name != "sd15" else ("beta_schedule", "trained_betas")
+    if given.get("num_train_timesteps") is None or all(given.get(key) is None for key in trained):
+        raise ValueError(f"{file}: {given}; valid: with num_train_timesteps and {' or '.join(trained)}, for {name}")
     try:
-        found = Preconditioning.of(config)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
+        found = Preconditioning.of(SCHEDULERS[kind].from_config(given).config)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise ValueError(f"{file}: {error}; valid: as save_pretrained writes it") from error
     if found.is_flow != (name != "sd15"):
         kind = "a flow network" if found.is_flow else "a variance-preserving one"
         raise ValueError(f"{file}: of {kind}; valid: {'a variance-preserving one' if found.is_flow else 'a flow network'}")
@@ -184,7 +187,12 @@ def truncated(name: str, folder: Path, prompts: Sequence[str]) -> dict[str, tupl
     """How many prompts are longer than a tokenizer of the pipeline sees, and how many tokens that is; of those with any."""
     found = {}
     for component, (kind, length) in FAMILIES[name].tokenizers.items():
-        tokenizer = kind.from_pretrained(folder / component, local_files_only=True)
+        try:
+            tokenizer = kind.from_pretrained(folder / component, local_files_only=True)
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise ValueError(
+                f"{folder / component}: cannot be loaded ({error}); valid: as save_pretrained writes it"
+            ) from error
         # it would warn of each
         encoded = tokenizer([*prompts], truncation=True, max_length=length + 1).input_ids
         if count := sum(len(tokens) > length for tokens in encoded):

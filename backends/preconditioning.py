@@ -122,7 +122,9 @@ def flow_grid(config: Mapping[str, Any], tokens: int) -> tuple[float, float]:
     """
     lowest = 1 / config["num_train_timesteps"]
     if config.get("use_dynamic_shifting"):
-        shift = dynamic_shift(tokens)
+        shifts = (config.get("base_shift", 0.5), config.get("max_shift", 1.15))
+        counts = (config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096))
+        shift = dynamic_shift(tokens, shifts, counts)
         return shift, shifted(lowest, shift)
     return config["shift"], shifted(shifted(lowest, config["shift"]), config["shift"])
 

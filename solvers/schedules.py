@@ -92,9 +92,10 @@ def flowmatch(num_steps: int, sigma_min: float, sigma_max: float = 1.0, shift: f
     return _exact_ends(shift * s / (1 + (shift - 1) * s), sigma_min, sigma_max)
 
 
-def dynamic_shift(tokens: int) -> float:
+def dynamic_shift(tokens: int, shifts: tuple[float, float] = (0.5, 1.15), counts: tuple[int, int] = (256, 4096)) -> float:
     """FLUX's shift for that many image tokens, (height / 16) (width / 16): e^mu with mu linear, 0.5 at 256 and 1.15 at 4096."""
-    return math.exp(0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256))
+    (low, high), (few, many) = shifts, counts
+    return math.exp(low + (high - low) * (tokens - few) / (many - few))
 
 
 FIRST_TIME = 1e-3

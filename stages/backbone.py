@@ -11,7 +11,7 @@ from stages.checkpoint import Checkpoint
 from stages.command import command
 from stages.fetch import model_files
 from stages.files import BACKBONE, atomic
-from stages.frozen import PROMPTS, RECORD, UNET, Record, files_of
+from stages.frozen import PROMPTS, RECORD, UNET, Record, files_of, loading
 from stages.params import Backbone, Digits, Metrics, Pipeline, Weights
 from stages.params import Prompts as PromptsParams
 from stages.prompts import Prompts, read_prompts, split_prompts
@@ -49,7 +49,7 @@ def backbone(*, seed: int, backbone: Backbone, prompts: PromptsParams, metrics: 
 
 def pinned(weights: Weights) -> Weights:
     """A metric's model, fetched, with the sha256 that it has."""
-    _, found = weights_folder(weights, lambda files, place: model_files(files, weights.variant, place))
+    _, found = weights_folder(weights, lambda files, place: model_files(files, weights.variant, place), lambda _: None)
     return weights.model_copy(update={"sha256": found})
 
 
@@ -60,7 +60,9 @@ def fetched(backbone: Pipeline, asked: Prompts) -> tuple[Identity, Weights]:
     from backends.load import FAMILIES, truncated  # diffusers takes seconds: not before it is known what there is
 
     for split, count in asked.counts.items():
-        for tokenizer, (cut, length) in truncated(backbone.name, folder, asked(split, range(count))).items():
+        with loading():
+            long = truncated(backbone.name, folder, asked(split, range(count)))
+        for tokenizer, (cut, length) in long.items():
             typer.echo(f"{split} prompts: {cut} of {count} are cut to the {length} tokens that {tokenizer} has", err=True)
     revision = backbone.revision if backbone.source == "hub" else found
     identity = Identity(backbone.id, revision, backbone.licence, FAMILIES[backbone.name].pipeline.__name__)

@@ -87,8 +87,11 @@ def load_frozen(guidance_scale: float, compute: Compute, samples: Mapping[str, I
         record, prompts = Record.load(), Prompts.load(PROMPTS)
         if record.name == "digits":
             return Frozen(Digits.load(BACKBONE / UNET), prompts, record.identity)
-    from backends.load import load_backend  # diffusers takes seconds, which digits need not wait for
+    from diffusers.utils import logging  # which takes seconds, which digits need not wait for
 
+    from backends.load import load_backend
+
+    logging.set_verbosity_error()  # of long prompts, stage backbone has told
     folder, variant = pipeline_of(record)
     with loading():
         backend = load_backend(

@@ -393,6 +393,8 @@ class Params(Section):
         if wrong or digits != isinstance(self.refs, RealImages):
             found = ", ".join([*wrong, f"refs.source {self.refs.source}"])
             raise ValueError(f"metrics: found {found}; valid: those of conf/backbone for {name}")
+        if not digits and isinstance(self.distill, AMED):
+            raise ValueError(f"distill.family: found 'amed', which needs a network's features; valid: another, for {name}")
         if name == "flux" and self.prompts.negative:
             raise ValueError(
                 f"prompts.negative: found {self.prompts.negative!r}; valid: '', for flux, whose guidance is embedded"

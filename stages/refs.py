@@ -34,7 +34,7 @@ def refs(
     ranks = Ranks()
     match refs:
         case RealImages():
-            found = real(compute)
+            found = real(compute) if ranks.first else None  # no work that would be worth splitting
         case OwnImages():
             found = own(seed, guidance_scale, compute, samplers["reference"], refs, ranks)
     if found is not None:

@@ -40,7 +40,11 @@ def teacher(
         rows = by_parts(f"teacher-{split}", work, ranks, count, teacher.batch_size, states)
         tensors[split] = rows["states"] if rows is not None else torch.empty(0)
     if ranks.first:
-        description = {"guidance_scale": guidance_scale, "schedule": schedule.model_dump(), **teacher.model_dump()}
+        description = {
+            "guidance_scale": guidance_scale,
+            "schedule": schedule.model_dump(),
+            **teacher.model_dump(exclude={"batch_size"}),
+        }
         write_tensors(TEACHER, tensors, description)
         for split in counts:
             forget(f"teacher-{split}")

@@ -40,22 +40,28 @@ def origin(source: str, id: str | None, revision: str | None) -> Origin:  # noqa
     return Folder(Path(source).expanduser())
 
 
-def weights_folder(weights: Weights, choose: Choice, check: Callable[[Path], None] = lambda _: None) -> tuple[Path, str]:
+def weights_folder(weights: Weights, choose: Choice, check: Callable[[Path], None] | None = None) -> tuple[Path, str]:
     """The folder of a model's files, fetched where this machine has not got them, and the sha256 of their list.
 
     Args:
         weights: where they come from. With a sha256, files that are here need neither network nor source.
         choose: which files.
-        check: of a folder that has all of them but the weights, before gigabytes follow; raises ValueError.
+        check: of a folder that has all of them but the weights, before gigabytes follow; raises ValueError. Where it is given,
+            what is here is read through again, too, and fetched anew if it is damaged.
 
     Raises:
         FetchError: they cannot be had, are damaged, or not those that were asked for.
     """
     with _alone(weights):
-        if weights.sha256 is not None and (STORE / weights.sha256).is_dir():
-            _checked(STORE / weights.sha256, str(STORE / weights.sha256), check)
-            return STORE / weights.sha256, weights.sha256
-        return _fetched(weights, choose, check)
+        kept = STORE / (weights.sha256 or "")
+        if weights.sha256 is not None and kept.is_dir():
+            if check is None:
+                return kept, weights.sha256
+            if listed(kept) == weights.sha256:
+                _checked(kept, str(kept), check)
+                return kept, weights.sha256
+            shutil.rmtree(kept)
+        return _fetched(weights, choose, check or (lambda _: None))
 
 
 def _fetched(weights: Weights, choose: Choice, check: Callable[[Path], None]) -> tuple[Path, str]:
@@ -67,12 +73,13 @@ def _fetched(weights: Weights, choose: Choice, check: Callable[[Path], None]) ->
         source.get([file for file in files if file not in large], folder)
         _checked(folder, source.place, check)
         source.get(large, folder)
-        check_weights(folder)
+        _checked(folder, source.place, check_weights)
         found = listed(folder)
         if weights.sha256 not in (None, found):
             raise FetchError(f"{source.place}: sha256 of the files' list {found}; valid: {weights.sha256}, as asked for")
-        if not (STORE / found).is_dir():
-            folder.rename(STORE / found)
+        if (STORE / found).is_dir():
+            shutil.rmtree(STORE / found)  # which may be damaged by now
+        folder.rename(STORE / found)
     typer.echo(f"{source.place}: {len(files)} files, sha256 of their list {found}", err=True)
     return STORE / found, found
 
@@ -99,7 +106,7 @@ def _key(weights: Weights) -> str:
 def _checked(folder: Path, place: str, check: Callable[[Path], None]) -> None:
     try:
         check(folder)
-    except ValueError as error:
+    except (ValueError, FetchError) as error:
         raise FetchError(f"{place}: {str(error).replace(f'{folder}/', '')}") from error
 
 

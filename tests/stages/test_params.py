@@ -210,6 +210,16 @@ def of(backbone: str, change: Callable[[dict[str, Any]], None]) -> Callable[[dic
         ),
         (put("samplers.distilled", None), "samplers: no distilled; valid: with it"),
         (put("backbone.name", "sd4"), "params.yaml: backbone.name: found 'sd4'; valid: 'digits', 'sd15', 'sd3', 'flux'"),
+        (
+            of("tiny_sd3", lambda p: take_family(p, "amed")),
+            "distill.family: found 'amed', which needs a network's features; val",
+        ),
+        (of("flux_dev", put("prompts.negative", "grey")), "prompts.negative: found 'grey'; valid: '', for flux"),
+        (
+            put("metrics.features", "log_probability"),
+            "params.yaml: metrics.features: found 'log_probability'; valid: 'accuracy'",
+        ),
+        (of("sd15", put("metrics.features", "pick_score")), "metrics: features: found pick_score, which is the reward; valid"),
         (put("guidance_scale", -0.5), "params.yaml: guidance_scale: found -0.5; valid: greater than or equal to 0"),
         (put("sample.seeds", "0-3,2"), "params.yaml: sample.seeds: found 2 twice in '0-3,2'; valid: as 0-63,100"),
         (put("sample.seeds", "5"), "params.yaml: sample.seeds: found '5', one image; valid: two or more"),

@@ -407,6 +407,50 @@ def test_a_resolution_that_does_not_come_out_even(sd3: dict[str, Any]) -> None:
     assert refused(sd3) == "sd3: height, width: 17, 16; valid: multiples of 2"
 
 
+def test_a_resolution_beyond_the_model_s_positions(sd3: dict[str, Any]) -> None:
+    sd3["backbone"] |= {"height": 256, "width": 256}
+    assert refused(sd3) == "sd3: height, width: 256, 256; valid: at most 192"
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        (
+            "scheduler/scheduler_config.json",
+            "{}",
+            "scheduler/scheduler_config.json: {}; valid: with num_train_timesteps and shift",
+        ),
+        ("scheduler/scheduler_config.json", '{"num_train_timesteps": "x", "shift": 3}', "scheduler/scheduler_config.json: "),
+        ("tokenizer_3/tokenizer.json", "{}", "tokenizer_3: cannot be loaded"),
+        ("tokenizer/tokenizer.json", "x", "tokenizer: cannot be loaded"),
+        ("vae/config.json", '{"block_out_channels": 5}', "vae/config.json: block_out_channels 5; valid: a list of channels"),
+        ("transformer/config.json", '{"patch_size": 0}', "transformer/config.json: {'patch_size': 0, "),
+    ],
+)
+def test_a_malformed_file(file: str, text: str, message: str, sd3: dict[str, Any]) -> None:
+    Path("sd3", file).write_text(text)
+    assert message in refused(sd3)
+
+
+def test_a_scheduler_of_another_kind_of_network(sd3: dict[str, Any], models: Path) -> None:
+    shutil.copy(models / "sd15/scheduler/scheduler_config.json", "sd3/scheduler/scheduler_config.json")
+    assert "scheduler/scheduler_config.json: {" in refused(sd3)
+
+
+def test_damaged_weights_are_fetched_again(sd3: dict[str, Any], store: Path) -> None:
+    """By stage backbone, which reads them through."""
+    write(sd3)
+    run("backbone", [])
+    found = json.loads(Path("models/backbone/backbone.json").read_text())["weights"]["pipeline"]["sha256"]
+    sd3["backbone"]["sha256"] = found
+    file = store / found / "vae/diffusion_pytorch_model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + b"x")
+    write(sd3)
+    run("backbone", [])
+    assert file.read_bytes() == whole
+
+
 def test_other_files_than_those_pinned(sd3: dict[str, Any]) -> None:
     sd3["backbone"]["sha256"] = "0" * 64
     assert f"valid: {'0' * 64}, as asked for" in refused(sd3)
