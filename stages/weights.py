@@ -52,14 +52,14 @@ def weights_folder(weights: Weights, choose: Choice, check: Callable[[Path], Non
     Raises:
         FetchError: they cannot be had, are damaged, or not those that were asked for.
     """
+    kept, asked = STORE / (weights.sha256 or ""), weights.sha256
+    if check is None and asked is not None and kept.is_dir():  # where nothing may be written, too
+        return kept, asked
     with _alone(weights):
-        kept = STORE / (weights.sha256 or "")
-        if weights.sha256 is not None and kept.is_dir():
-            if check is None:
-                return kept, weights.sha256
-            if listed(kept) == weights.sha256:
-                _checked(kept, str(kept), check)
-                return kept, weights.sha256
+        if asked is not None and kept.is_dir():
+            if listed(kept) == asked:
+                _checked(kept, str(kept), check or (lambda _: None))
+                return kept, asked
             shutil.rmtree(kept)
         return _fetched(weights, choose, check or (lambda _: None))
 
