@@ -255,11 +255,11 @@ def test_parts_that_overlap_are_refused(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.chdir(tmp_path)
     for name in ("00000000-00000004", "00000002-00000004"):
-        write_tensors(Path(f"data/parts/work/{name}.safetensors"), {"x": torch.zeros(4)})
+        write_tensors(Path(f"data/parts/two/{name}.safetensors"), {"x": torch.zeros(4)})
     work = Work({}, [])
-    Path("data/parts/work/work.json").write_text(json.dumps(work.identity))
-    with pytest.raises(StageError, match=r"data/parts/work: parts overlap: \['00000000-00000004', '00000002-.*; valid: none"):
-        by_parts("work", work, Ranks(), 4, 4, lambda batch: {"x": torch.zeros(len(batch))})
+    Path("data/parts/two/work.json").write_text(json.dumps(work.identity))
+    with pytest.raises(StageError, match=r"data/parts/two: parts overlap: \['00000000-00000004', '00000002-.*; valid: none"):
+        by_parts("two", work, Ranks(), 4, 4, lambda batch: {"x": torch.zeros(len(batch))})
 
 
 def test_reward_gradient_keeps_the_prompts_that_it_asks_for(here: Path, change: Callable[..., None]) -> None:
