@@ -37,7 +37,7 @@ $(INSTALLED):
 
 # params.yaml as conf/ composes it by default, with conf's comments
 params: install
-	@(sed '/^defaults:/,/^$$/d' conf/config.yaml; for group in family/epd backbone/digits rdpo/shared; do \
+	@(sed '/^defaults:/,/^$$/d' conf/config.yaml; for group in family/epd backbone/digits metrics/digits rdpo/shared; do \
 		echo; sed '/^# @package/,/^$$/d' conf/$$group.yaml; done) > params.yaml.new
 	@mv params.yaml.new params.yaml
 	python -m stages.params

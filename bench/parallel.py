@@ -16,7 +16,7 @@ import time
 import torch
 from torch import Tensor
 
-from metrics.frechet import JUDGE, Frechet, bootstrap_distances, distance, statistics
+from metrics.frechet import bootstrap_distances, distance, judge, statistics
 from solvers import SOLVERS, integrate, parallel_integrate, time_uniform
 from solvers.parallel import Init
 from stages.files import BACKBONE
@@ -50,7 +50,7 @@ METHODS: dict[str, Init] = {"ParaDiGMS": "copy", "ParaSolver": "x0"}
 def main() -> None:
     frozen = load_frozen(1.0, load_params().compute, {})
     backend = frozen.backend
-    frechet = Frechet(JUDGE, BACKBONE / "judge.safetensors")
+    extractor = judge(BACKBONE / "judge.safetensors")
     print(INTRODUCTION)
     for name, steps, tolerances in RUNS:
         sigmas = time_uniform(steps + 1, backend.spec.sigma_min, backend.spec.sigma_max)
@@ -58,7 +58,7 @@ def main() -> None:
         expected = torch.cat([sequential(frozen, name, sigmas, part) for part in batches(SAMPLES, BATCH)])
         seconds = time.perf_counter() - started
         print(f"| {name} | {steps} | sequential | | | {steps} | {steps} | 0 | 0 | {seconds:.0f} |", flush=True)
-        features = frechet.features(backend.decode(expected))
+        features = extractor(backend.decode(expected))
         for tolerance in tolerances:
             for method, init in METHODS.items():
                 started = time.perf_counter()
@@ -72,7 +72,7 @@ def main() -> None:
                     taken.append([statistics_of.iterations, statistics_of.serial_evaluations, statistics_of.total_evaluations])
                 seconds = time.perf_counter() - started
                 states = torch.cat(found)
-                own = frechet.features(backend.decode(states))
+                own = extractor(backend.decode(states))
                 cost = torch.tensor(taken, dtype=torch.float64)
                 cells = [f"{m:.1f} ± {s:.1f}" for m, s in zip(cost.mean(0).tolist(), cost.std(0).tolist(), strict=True)]
                 rmse = (states - expected).square().mean().sqrt().item()

@@ -16,7 +16,7 @@ import datetime
 import hashlib
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from statistics import median
@@ -30,8 +30,9 @@ from tqdm import tqdm
 
 from metrics import Scorer
 from metrics.accuracy import Accuracy
-from metrics.frechet import JUDGE, Frechet, bootstrap_distances, distance, load_statistics, statistics
+from metrics.frechet import bootstrap_distances, distance, judge, load_statistics, statistics
 from metrics.log_probability import LogProbability
+from metrics.mixture import Mixture, Part
 from solvers import Draw, Drawable, Policy, load_predictor
 from stages.draws import at_quantiles, drawn, numbers_of
 from stages.files import BACKBONE, DISTILLED, REFS, sha256, write_json
@@ -95,6 +96,10 @@ class Offset:
         return self.reward(images, wanted) + torch.tensor([self.offsets[prompt] for prompt in wanted])
 
 
+def mixed(reward: Scorer) -> Mixture:
+    return Mixture({"log_probability": Part(reward)})
+
+
 def settings(changes: dict[str, Any]) -> RDPO:
     return RDPO.model_validate({**load_params().rdpo.model_dump(), **changes})
 
@@ -108,15 +113,15 @@ def digest(changes: dict[str, Any]) -> str:
 def method_of(changes: dict[str, Any], seed: int, offset: float) -> Method:
     frozen, reward, distilled = parts()
     chosen = settings(changes)
-    rollouts = Rollouts(frozen, Offset(reward, offset) if offset else reward, distilled, seed, 512)
+    rollouts = Rollouts(frozen, mixed(Offset(reward, offset) if offset else reward), distilled, seed, 512)
     return METHODS[chosen.method](new_policy(distilled.table, chosen, seed), rollouts, Ranks(), chosen, seed)
 
 
 @torch.no_grad()
-def scores(table: Drawable, split: str, samples: int, scorers: dict[str, Scorer]) -> dict[str, Tensor]:
+def scores(table: Drawable, split: str, samples: int, scorers: Mapping[str, Scorer]) -> dict[str, Tensor]:
     """Of the images of one table, by name of the scorer."""
     frozen, reward, distilled = parts()
-    rollouts = Rollouts(frozen, reward, distilled, SEED, 512)
+    rollouts = Rollouts(frozen, mixed(reward), distilled, SEED, 512)
     found: dict[str, list[Tensor]] = {name: [] for name in scorers}
     for batch in batches(samples, 512):
         wanted = frozen.prompts(split, batch)
@@ -161,8 +166,9 @@ def deploy(name: str, changes: dict[str, Any], seed: int, offset: float) -> dict
         return json.loads(file.read_text())
     torch.set_num_threads(1)
     reward = parts()[1]
-    judge, frechet = Accuracy(BACKBONE / "judge.safetensors"), Frechet(JUDGE, BACKBONE / "judge.safetensors")
-    watch = Watch({"accuracy": judge}, {}, frechet, load_statistics(REFS))
+    file = BACKBONE / "judge.safetensors"
+    accuracy, extractor = Accuracy(file), judge(file)
+    watch = Watch({"accuracy": accuracy}, {}, extractor, load_statistics(REFS))
     method = method_of(changes, seed, offset)
     start = best = method.table()
     validation = Validation(method.rollouts, watch, Ranks(), SEED, 2048)
@@ -174,7 +180,7 @@ def deploy(name: str, changes: dict[str, Any], seed: int, offset: float) -> dict
             point = validation.point(i, method.table(), method.kl())
             if point["gain"] > gain and not validation.worse(point):
                 best, gain, iteration = method.table(), point["gain"], i
-    scorers = {"reward": reward, "accuracy": judge, "features": lambda images, wanted: frechet.features(images)}
+    scorers = {"reward": reward, "accuracy": accuracy, "features": lambda images, wanted: extractor(images)}
     before, after = scores(start, "test", TEST, scorers), scores(best, "test", TEST, scorers)
     resamples = [bootstrap_distances(found["features"], watch.refs, RESAMPLES) for found in (before, after)]
     found = {"iteration": iteration, "rows": rows}

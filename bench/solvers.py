@@ -31,7 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from metrics.accuracy import Accuracy
-from metrics.frechet import JUDGE, Frechet, bootstrap_distances, distance, load_statistics, resampled, statistics
+from metrics.frechet import bootstrap_distances, distance, judge, load_statistics, resampled, statistics
 from solvers import AFS, SOLVERS, Predictor, Solver, load_predictor, save_predictor
 from stages import params
 from stages.distill import Learned, Sampling, closed_form, end_error, learn, new_student
@@ -186,8 +186,8 @@ class Bench:
         states = torch.cat([part["states"] for part in parts])
         wanted = torch.cat([self.reference("test", part) for part in batches(TEST, PART)])
         squared = (states - wanted).square().flatten(1).mean(1)
-        frechet = Frechet(JUDGE, BACKBONE / "judge.safetensors")
-        features, reference = (frechet.features(self.frozen.backend.decode(x)) for x in (states, wanted))
+        extractor = judge(BACKBONE / "judge.safetensors")
+        features, reference = (extractor(self.frozen.backend.decode(x)) for x in (states, wanted))
         rmses = torch.stack([squared[rows].mean().sqrt() for rows in resampled(TEST, RESAMPLES)])
         accuracy = Accuracy(BACKBONE / "judge.safetensors")(
             self.frozen.backend.decode(states), self.frozen.prompts("test", range(TEST))

@@ -205,10 +205,9 @@ def t5_tokenizer() -> T5TokenizerFast:
     )
 
 
-if __name__ == "__main__":  # python examples/tiny.py: what conf/backbone/tiny_*.yaml read
-    from tiny_clip import saved_clip
+if __name__ == "__main__":  # python examples/tiny.py: what conf/backbone/tiny_*.yaml and conf/metrics/tiny.yaml read
+    from tiny_metrics import saved_metrics
 
     for name, make in TINY.items():
         saved(make(), Path("data/tiny", name))
-    for seed, name in enumerate(("clip_score", "pick_score")):
-        saved_clip(Path("data/tiny", name), seed)
+    saved_metrics(Path("data/tiny"))

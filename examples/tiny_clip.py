@@ -10,13 +10,13 @@ import torch
 from tiny import HIDDEN, clip_config, clip_tokenizer
 from transformers import CLIPConfig, CLIPModel
 
-PROJECTION = 16
+PROJECTION = 8
 IMAGE = 32
 """Height and width of the images that the model sees."""
 
 
 def tiny_clip(seed: int) -> CLIPModel:
-    """CLIP's classes: 32x32 images in patches of 8x8, 16 features. The seed draws the weights."""
+    """CLIP's classes: 32x32 images in patches of 8x8, 8 features. The seed draws the weights."""
     vision = {
         "hidden_size": HIDDEN,
         "intermediate_size": 2 * HIDDEN,

@@ -1,120 +1,405 @@
-"""The Frechet distance of feature distributions, by torch-fidelity. Lower is better; compare only at equal n and features."""
+"""Distances of distributions of images, in features, by torch-fidelity: Frechet, kernel, precision and recall.
 
+Compare only numbers of the same extractor, reference and n: all of them depend on n.
+"""
+
+import json
+import os
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
+from threading import Lock
+from typing import Any, Protocol
+from zipfile import BadZipFile, is_zipfile
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
-from torch_fidelity import FeatureExtractorBase, register_feature_extractor
+from torch_fidelity import FeatureExtractorBase
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
-from torch_fidelity.utils import create_feature_extractor, extract_featuresdict_from_input_id
+from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
+from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
+from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
+from torch_fidelity.utils import create_feature_extractor
 
-from metrics.classifier import Classifier
+from metrics.classifier import FEATURES
+from metrics.images import ROUNDING, levels
+from metrics.judge_features import JUDGE, LAYER
+from metrics.state import reading, require
+
+TOOL = f"torch-fidelity {version('torch-fidelity')}"
+
+INCEPTION = "inception-v3-compat"
+FILE = "weights-inception-2015-12-05-6726825d.pth"
+
+ROWS = 64
+"""Images that an extractor sees at once."""
+
+ENOUGH = 50_000
+"""Images of what is called FID without more: fewer have a larger one."""
+
+KEPT = 10_000
+"""Features that are kept beside their statistics, and compared row by row."""
+
+SUBSETS, SUBSET = 100, 1000
+"""Of the kernel distance (Bińkowski et al. 2018), and how many features each has at most."""
+
+NEIGHBOURS = 3
+"""Of precision and recall (Kynkäänniemi et al. 2019)."""
+
+VALID = "an npz with mu (F,) and sigma (F, F), as EDM's"
 
 Statistics = dict[str, NDArray[np.float64]]
 """`mu` (F,) and `sigma` (F, F), as in EDM's npz files."""
 
-JUDGE = "digits-judge"
 
+class Extractor(Protocol):
+    """Images (B, C, H, W) in [0, 1], rounded to 8 bits as files would hold them, or uint8 -> features (B, width).
 
-class JudgeFeatures(FeatureExtractorBase):
-    """torch-fidelity's extractor of the digits judge: uint8 images (B, 1, 8, 8) -> last hidden layer (B, 32)."""
+    These are float64, on the CPU. An image's do not depend on its batch, to rounding.
 
-    def __init__(self, name: str, features_list: list[str], feature_extractor_weights_path: str, verbose: bool = False) -> None:
-        super().__init__(name, features_list)
-        self.classifier = Classifier.load(Path(feature_extractor_weights_path))
-
-    @staticmethod
-    def get_provided_features_list() -> tuple[str, ...]:
-        return ("hidden",)
-
-    @staticmethod
-    def get_default_feature_layer_for_metric(metric: str) -> str:
-        return "hidden"
-
-    @staticmethod
-    def can_be_compiled() -> bool:
-        return False
-
-    @staticmethod
-    def get_dummy_input_for_compile() -> None:
-        return None
-
-    def forward(self, input: Tensor) -> tuple[Tensor]:  # noqa: A002  torch-fidelity's name
-        return (self.classifier.features(input.float() / 255).double(),)
-
-
-register_feature_extractor(JUDGE, JudgeFeatures)
-
-
-class Frechet:
-    """Frechet distances in the features of a registered extractor.
-
-    Args:
-        extractor: its name with torch-fidelity.
-        weights: its weights' file.
-        cuda: whether it runs on the current CUDA device.
+    Attributes:
+        name: what the features are, for records.
+        width: how many.
+        resize: how images come to the size that the model sees, for records.
     """
 
-    def __init__(self, extractor: str, weights: Path, cuda: bool = False) -> None:
-        self.cuda = cuda
-        self.extractor = create_feature_extractor(
-            extractor, ["hidden"], cuda=cuda, feature_extractor_weights_path=str(weights), verbose=False
-        )
+    name: str
+    width: int
+    resize: str
 
-    def features(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) in [0, 1], rounded to 8 bits as files would hold them -> features (B, F), float64."""
-        found = extract_featuresdict_from_input_id(
-            1, self.extractor, input1=_Images(images), batch_size=512, cuda=self.cuda, save_cpu_ram=True, verbose=False
-        )
-        return found["hidden"]
+    def load(self) -> None: ...
+
+    def __call__(self, images: Tensor) -> Tensor: ...
+
+
+class Registered(Extractor):
+    """An extractor registered with torch-fidelity. Its file is read when it is first needed, and nothing in it executed.
+
+    Args:
+        name: there. It has to read its weights by torch.load or more safely.
+        layer: which of its features.
+        width, resize: an Extractor's.
+        weights: its file.
+        device: None: the CPU.
+
+    Raises:
+        FileNotFoundError: the file is missing.
+        ValueError: there is no such extractor. When it is first used: the file is damaged, has other weights, or a pickle of
+            anything but plain data.
+    """
+
+    def __init__(
+        self, name: str, layer: str, width: int, resize: str, weights: Path, device: torch.device | None = None
+    ) -> None:
+        if name not in FEATURE_EXTRACTORS_REGISTRY:
+            raise ValueError(f"extractor: found {name!r}; valid: {', '.join(sorted(FEATURE_EXTRACTORS_REGISTRY))}")
+        require(weights)
+        self.name, self.layer, self.width, self.resize = name, layer, width, resize
+        self.weights, self.device = weights, device or torch.device("cpu")
+
+    @cached_property
+    def model(self) -> FeatureExtractorBase:
+        with reading(self.weights), _no_pickles():
+            model = create_feature_extractor(
+                self.name, [self.layer], cuda=False, verbose=False, feature_extractor_weights_path=str(self.weights)
+            )
+        return model.to(self.device)
+
+    def load(self) -> None:
+        _ = self.model
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        parts = _eight_bits(images).split(ROWS)
+        return torch.cat([self.model(part.to(self.device, non_blocking=True))[0].double().cpu() for part in parts])
+
+
+def inception(folder: Path, device: torch.device | None = None) -> Registered:
+    """The 2048 features of FID (Heusel et al. 2017): a folder with FILE, torch-fidelity's copy of TensorFlow's weights."""
+    return Registered(INCEPTION, "2048", 2048, "bilinear to 299 x 299 as TensorFlow 1", folder / FILE, device)
+
+
+def judge(weights: Path) -> Registered:
+    """The digits judge's last hidden layer."""
+    return Registered(JUDGE, LAYER, FEATURES, "none: 8 x 8 pixels", weights)
+
+
+def label(name: str, n: int) -> str:
+    """What a distance of n images is called: "FID", "FID-10k" or "FID-4096"."""
+    if n >= ENOUGH:
+        return name
+    return f"{name}-{n // 1000}k" if n and n % 1000 == 0 else f"{name}-{n}"
+
+
+def require_images(n: int, width: int) -> None:
+    """Raise ValueError unless n images are enough for the covariance of so many features."""
+    if n < width:
+        raise ValueError(f"images: {n} for {width} features; valid: at least {width}, or the covariance says nothing")
 
 
 def statistics(features: Tensor) -> Statistics:
-    """Features (n, F) -> their mean and covariance."""
-    return fid_features_to_statistics(features)
+    """Features (n, F) -> their mean and covariance, float64.
+
+    Raises:
+        ValueError: n is below F.
+    """
+    require_images(*features.shape)
+    return fid_features_to_statistics(features.detach().cpu().double())
 
 
-def load_statistics(file: Path) -> Statistics:
-    """Read an npz of mu and sigma."""
-    with file.open("rb") as opened, np.load(opened, allow_pickle=False) as found:
-        return {"mu": found["mu"], "sigma": found["sigma"]}
+def save_statistics(
+    file: Path, found: Statistics, features: Tensor | None = None, record: dict[str, Any] | None = None
+) -> None:
+    """Write an npz of mu and sigma, the first KEPT features (float32) and what they are of (JSON).
+
+    The same input makes the same bytes.
+    """
+    more = {} if record is None else {"record": np.array(json.dumps(record, allow_nan=False))}
+    if features is not None:
+        more["features"] = features[:KEPT].detach().cpu().float().numpy()
+    with file.open("wb") as opened:  # by its name numpy would add a suffix
+        np.savez(opened, allow_pickle=False, mu=found["mu"], sigma=found["sigma"], **more)
+
+
+def load_statistics(file: Path, width: int | None = None) -> Statistics:
+    """Read an npz of mu and sigma, ours, EDM's or others', as float64; whatever else it has is ignored.
+
+    Args:
+        file: which.
+        width: F of the features that they are to be compared with; None: any.
+
+    Raises:
+        FileNotFoundError: it is missing.
+        ValueError: it is damaged, of other shapes or another width, not finite, or has pickles, which are not executed.
+    """
+    found = _numbers(file, ["mu", "sigma"])
+    for name in ("mu", "sigma"):
+        if name not in found:
+            raise ValueError(f"{file}: found no {name}; valid: {VALID}")
+    mu, sigma = found["mu"], found["sigma"]
+    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or not len(mu):
+        raise ValueError(f"{file}: found mu {mu.shape}, sigma {sigma.shape}; valid: {VALID}")
+    if width is not None and len(mu) != width:
+        raise ValueError(f"{file}: found statistics of {len(mu)} features; valid: {width}, as the extractor has")
+    return found
+
+
+def load_features(file: Path) -> Tensor | None:
+    """The features (at most KEPT, F) beside the statistics in an npz, float64; None: it has none, as others' have not.
+
+    Raises:
+        FileNotFoundError, ValueError: as load_statistics.
+    """
+    width = len(load_statistics(file)["mu"])
+    found = _numbers(file, ["features"])
+    if not found:
+        return None
+    features = torch.from_numpy(found["features"])
+    if features.ndim != 2 or features.shape[1] != width:
+        raise ValueError(f"{file}: found features {tuple(features.shape)}; valid: (n, {width}), as mu")
+    return features
+
+
+def load_record(file: Path) -> dict[str, Any]:
+    """What was said of the statistics in an npz; nothing, where they are others'.
+
+    Raises:
+        FileNotFoundError, ValueError: as load_statistics, or what it says is no JSON.
+    """
+    found = _arrays(file, ["record"])
+    with reading(f"{file}: record"):
+        record = json.loads(str(found["record"])) if found else {}
+        if not isinstance(record, dict):
+            raise ValueError(f"found a {type(record).__name__}; valid: what save_statistics writes")
+    return record
 
 
 def distance(one: Statistics, other: Statistics) -> float:
-    """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)) (Heusel et al. 2017)."""
+    """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)) (Heusel et al. 2017).
+
+    Raises:
+        ValueError: they are not of as many features.
+    """
+    if len(one["mu"]) != len(other["mu"]):
+        raise ValueError(f"statistics: of {len(one['mu'])} and {len(other['mu'])} features; valid: as many of both")
     return fid_statistics_to_metric(one, other, verbose=False)[KEY_METRIC_FID]
 
 
-def bootstrap_distances(features: Tensor, other: Statistics | Tensor, resamples: int) -> NDArray[np.float64]:
-    """Distances of resampled features (n, F), (resamples,), to fixed statistics or to features of the same n samples.
+def ranges_of(n: int, ranges: int) -> list[slice]:
+    """Consecutive ranges of n rows, equally long, as EDM's 150,000 images are three times 50,000.
+
+    Raises:
+        ValueError: n is no multiple.
+    """
+    if ranges < 1 or n % ranges:
+        raise ValueError(f"ranges: {ranges} of {n} images; valid: a number that divides it")
+    size = n // ranges
+    return [slice(first * size, (first + 1) * size) for first in range(ranges)]
+
+
+def lowest(features: Tensor, other: Statistics | Tensor, ranges: int = 1) -> tuple[float, list[float]]:
+    """The lowest of the ranges' distances, which EDM reports of three, and each of them.
+
+    Args:
+        features: (n, F).
+        other: fixed statistics, or features (n, F) of the same n samples, range by range.
+        ranges: how many.
+    """
+    found = [
+        distance(statistics(features[rows]), statistics(other[rows]) if isinstance(other, Tensor) else other)
+        for rows in ranges_of(len(features), ranges)
+    ]
+    return min(found), found
+
+
+def bootstrap_distances(features: Tensor, other: Statistics | Tensor, resamples: int, ranges: int = 1) -> NDArray[np.float64]:
+    """Lowest distances of resampled features (n, F), (resamples,), to fixed statistics or to features of the same n samples.
 
     Resample r draws the same rows of whatever features, so distances on the same noise are paired: their standard deviation is
     a standard error, that of their difference too. Their mean is not an estimate: resampling raises a distance.
     """
     return np.array(
         [
-            distance(statistics(features[rows]), statistics(other[rows]) if isinstance(other, Tensor) else other)
-            for rows in resampled(len(features), resamples)
+            lowest(features[rows], other[rows] if isinstance(other, Tensor) else other, ranges)[0]
+            for rows in resampled(len(features), resamples, ranges)
         ]
     )
 
 
-def resampled(n: int, resamples: int) -> Iterator[Tensor]:
-    """Row numbers drawn with replacement, (n,) each."""
+def resampled(n: int, resamples: int, ranges: int = 1) -> Iterator[Tensor]:
+    """Row numbers drawn with replacement, each in its own range, (n,) each."""
     for resample in range(resamples):
-        yield torch.from_numpy(np.random.default_rng([n, resample]).integers(0, n, n))
+        rng = np.random.default_rng([n, resample])
+        rows = [rng.integers(part.start, part.stop, part.stop - part.start) for part in ranges_of(n, ranges)]
+        yield torch.from_numpy(np.concatenate(rows))
 
 
-class _Images(Dataset[Tensor]):
-    def __init__(self, images: Tensor) -> None:
-        self.images = (images.cpu() * 255).round().to(torch.uint8)
+def kernel_distance(features: Tensor, reference: Tensor) -> tuple[float, float]:
+    """KID of features (n, F) and reference features (m, F), as torch-fidelity: MMD^2 under k(x, y) = (x y / F + 1)^3.
 
-    def __len__(self) -> int:
-        return len(self.images)
+    It is the mean over SUBSETS subsets of at most SUBSET features of each, drawn always alike. The subsets' standard deviation
+    is no error of it: they overlap, and of 1000 features there is but one. The standard error here has two parts. One is of
+    the features being these n and m: the jackknife's, of the first KEPT of each, scaled to all. The other is of the subsets
+    being so few. With Gaussians it is 0.85 to 1.2 times the distance's spread where their means differ, and up to 1.5 times
+    where little differs: there the statistic degenerates, and the jackknife doubles its variance.
 
-    def __getitem__(self, index: int) -> Tensor:
-        return self.images[index]
+    Returns:
+        The distance, which is unbiased and so may be below 0, and its standard error.
+    """
+    _require_rows(features, reference, 3)
+    size = min(SUBSET, len(features), len(reference))
+    found = kid_features_to_metric(
+        features.double(),
+        reference.double(),
+        kid_subsets=SUBSETS,
+        kid_subset_size=size,
+        kid_kernel="poly",
+        kid_kernel_poly_degree=3,
+        rng_seed=2020,
+        verbose=False,
+    )
+    variance = found[KEY_METRIC_KID_STD] ** 2 / SUBSETS
+    for rows, others in ((features, reference), (reference, features)):
+        variance += _jackknife(rows[:KEPT].double(), others[:KEPT].double()) * min(len(rows), KEPT) / len(rows)
+    return found[KEY_METRIC_KID_MEAN], variance**0.5
+
+
+def precision_recall(features: Tensor, reference: Tensor) -> dict[str, float]:
+    """Shares of features (n, F) in the reference's manifold, and of reference features (m, F) in theirs; of the first KEPT.
+
+    A manifold is what lies no farther from one of its features than NEIGHBOURS others do (Kynkäänniemi et al. 2019). The
+    standard errors ("_se") are binomial: of the share of so many points in a manifold that is what it is.
+    """
+    _require_rows(features, reference, NEIGHBOURS + 1)
+    found = prc_features_to_metric(
+        features[:KEPT].double(),
+        reference[:KEPT].double(),
+        prc_neighborhood=NEIGHBOURS,
+        prc_batch_size=1000,  # by which its memory goes, not its result
+        save_cpu_ram=True,
+        verbose=False,
+    )
+    shares = {"precision": (found[KEY_METRIC_PRECISION], features), "recall": (found[KEY_METRIC_RECALL], reference)}
+    errors = {f"{name}_se": (share * (1 - share) / min(len(of), KEPT)) ** 0.5 for name, (share, of) in shares.items()}
+    return {name: share for name, (share, _) in shares.items()} | errors
+
+
+def _jackknife(x: Tensor, y: Tensor) -> float:
+    """The part that x (n, F) has in the variance of the kernel distance of all x and y (m, F)."""
+    n, m = len(x), len(y)
+    within = _kernel_sums(x, x) - (x.square().mean(1) + 1) ** 3
+    left_out = 2 * (_kernel_sums(x, y) / m - within / (n - 2)) / (n - 1)  # of the distances without a row, what differs
+    return (n - 1) * left_out.var(unbiased=False).item()
+
+
+def _kernel_sums(x: Tensor, y: Tensor) -> Tensor:
+    """Of each x (n, F), over all y."""
+    return torch.cat([((part @ y.T / x.shape[1] + 1) ** 3).sum(1) for part in x.split(SUBSET)])
+
+
+def _require_rows(features: Tensor, reference: Tensor, least: int) -> None:
+    if features.shape[1:] != reference.shape[1:] or min(len(features), len(reference)) < least:
+        raise ValueError(
+            f"features: {tuple(features.shape)} and {tuple(reference.shape)}; valid: as wide, and at least {least} of each"
+        )
+
+
+def _eight_bits(images: Tensor) -> Tensor:
+    """Images (B, C, H, W) in [0, 1], or uint8 -> uint8."""
+    if images.ndim != 4 or 0 in images.shape:
+        raise ValueError(f"images: {tuple(images.shape)}; valid: (B, C, H, W), none of them 0")
+    if images.dtype == torch.uint8:
+        return images
+    low, high = images.aminmax()
+    if not (low >= -ROUNDING and high <= 1 + ROUNDING):  # NaN is neither
+        raise ValueError(f"images: from {low:.4g} to {high:.4g}; valid: from 0 to 1")
+    return levels(images).to(torch.uint8)
+
+
+def _numbers(file: Path, names: list[str]) -> dict[str, NDArray[np.float64]]:
+    """Those of an npz's arrays that it has, float64 and finite."""
+    found = _arrays(file, names)
+    for name, array in found.items():
+        if not np.issubdtype(array.dtype, np.floating) or not np.isfinite(array).all():
+            raise ValueError(f"{file}: {name}: found {array.dtype} that is not all finite numbers; valid: {VALID}")
+    return {name: array.astype(np.float64) for name, array in found.items()}
+
+
+def _arrays(file: Path, names: list[str]) -> dict[str, NDArray[Any]]:
+    """Those of an npz's arrays that it has."""
+    require(file, VALID)
+    with reading(file):
+        if not is_zipfile(file):
+            raise ValueError(f"found no npz, or one cut off; valid: {VALID}")
+        try:
+            with np.load(file, allow_pickle=False) as stored:
+                return {name: stored[name] for name in names if name in stored}
+        except (BadZipFile, zlib.error) as error:
+            raise ValueError(f"found a damaged npz ({error}); valid: {VALID}") from error
+
+
+_CREATING = Lock()
+
+
+@contextmanager
+def _no_pickles() -> Iterator[None]:
+    """Have torch.load read plain data only, whatever it is told: torch-fidelity tells it to execute what it finds.
+
+    The variable is the process's, so one extractor is created at a time.
+    """
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    with _CREATING:
+        before = os.environ.get(name)
+        os.environ[name] = "1"
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = before

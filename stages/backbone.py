@@ -9,10 +9,10 @@ from backends.digits import Digits as DigitsBackend
 from solvers import Backbone as Identity
 from stages.checkpoint import Checkpoint
 from stages.command import command
-from stages.fetch import model_files
+from stages.fetch import metric_files
 from stages.files import BACKBONE, atomic
 from stages.frozen import PROMPTS, RECORD, UNET, Record, files_of, loading
-from stages.params import Backbone, Digits, Metrics, Pipeline, Weights
+from stages.params import MODELS, Backbone, Digits, Metrics, Model, Pipeline, Weights
 from stages.params import Prompts as PromptsParams
 from stages.prompts import Prompts, read_prompts, split_prompts
 from stages.weights import listed, weights_folder
@@ -26,7 +26,6 @@ def backbone(*, seed: int, backbone: Backbone, prompts: PromptsParams, metrics: 
     """
     splits = split_prompts(read_prompts(Path(prompts.file)), seed, prompts.validation, prompts.test)
     asked = Prompts(splits, prompts.negative)
-    names = {"reward": metrics.reward, "judges": [*metrics.judges], "features": metrics.features}
     weights = dict[str, Weights]()
     with atomic(BACKBONE) as folder:
         folder.mkdir()
@@ -39,17 +38,19 @@ def backbone(*, seed: int, backbone: Backbone, prompts: PromptsParams, metrics: 
             case Pipeline():
                 identity, weights["pipeline"] = fetched(backbone, asked)
                 settings = backbone.model_dump(include={"height", "width", "dtype"})
-        weights |= {name: pinned(where) for name, where in metrics.weights.items()}
+        used: set[Model] = {model for name in [*metrics.names, metrics.features] for model in MODELS.get(name, ())}
+        weights |= {model: pinned(model, metrics.weights[model]) for model in sorted(used)}
         asked.save(folder / PROMPTS.name)
         found = {name: where.model_dump() for name, where in weights.items()}
-        Record(backbone.name, identity, settings, found, sha256=listed(folder), **names).save(folder / RECORD.name)
+        how = metrics.model_dump(include={"judges", "features", "dtype"}) | {"reward": metrics.rewarded}
+        Record(backbone.name, identity, settings, found, how, listed(folder)).save(folder / RECORD.name)
     if isinstance(backbone, Digits):
         Checkpoint("backbone", {"seed": seed, "backbone": backbone}, []).remove()
 
 
-def pinned(weights: Weights) -> Weights:
+def pinned(model: str, weights: Weights) -> Weights:
     """A metric's model, fetched, with the sha256 that it has."""
-    _, found = weights_folder(weights, lambda files, place: model_files(files, weights.variant, place), lambda _: None)
+    _, found = weights_folder(weights, lambda files, place: metric_files(model, files, weights.variant, place), lambda _: None)
     return weights.model_copy(update={"sha256": found})
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import zipfile
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
@@ -25,6 +26,25 @@ PLAIN = (".json", ".txt", ".model")
 STEM, SHARD, VARIANT = r"(?:model|diffusion_pytorch_model)", r"(?:-\d{5}-of-\d{5})?", r"(?:\.([^.]+?))?"
 WEIGHTS = re.compile(STEM + VARIANT + SHARD + VARIANT + r"\.safetensors")
 INDEX = re.compile(STEM + r"\.safetensors\.index" + VARIANT + r"\.json")
+
+
+ONE_FILE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "hps": (("HPS_v2.1_compressed.pt",), ("open_clip_config.json",)),
+    "image_reward": (("ImageReward.pt", "med_config.json"), ()),
+    "aesthetic": (("sac+logos+ava1-l14-linearMSE.pth",), ()),
+    "mps": (("MPS_overall_checkpoint.pth",), ()),
+    "inception": (("weights-inception-2015-12-05-6726825d.pth",), ()),
+}
+"""Metrics' models that are not published in transformers' layout: files that are needed, and that may be there."""
+
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+WEIGHTLESS_MODELS = {
+    "bert": ("config.json", "vocab.txt", *TOKENIZER),
+    "clip_h14": ("config.json", "vocab.json", "merges.txt", *TOKENIZER),
+}
+"""Models that only a tokenizer and a configuration are taken of."""
+
+LARGE = (".safetensors", ".pt", ".pth")
 
 
 class FetchError(StageError):
@@ -78,6 +98,21 @@ def model_files(files: Collection[str], variant: str | None, place: str) -> list
     return sorted(_of(files, "", variant, place))
 
 
+def metric_files(model: str, files: Collection[str], variant: str | None, place: str) -> list[str]:
+    """What a model of a metric reads, of those that there are; FetchError if something lacks."""
+    if model in ONE_FILE:
+        needed, possible = ONE_FILE[model]
+        if lacking := [name for name in needed if name not in files]:
+            raise FetchError(f"{place}: found no {', '.join(lacking)} among {shown(files)}; valid: {model}'s as published")
+        return sorted([*needed, *(name for name in possible if name in files)])
+    if model in WEIGHTLESS_MODELS:
+        chosen = sorted(name for name in files if "/" not in name and name in WEIGHTLESS_MODELS[model])
+        if not any(name in chosen for name in ("tokenizer.json", "vocab.json", "vocab.txt")):
+            raise FetchError(f"{place}: found no tokenizer among {shown(files)}; valid: {', '.join(WEIGHTLESS_MODELS[model])}")
+        return chosen
+    return model_files(files, variant, place)
+
+
 def _of(files: Collection[str], component: str, variant: str | None, place: str) -> list[str]:
     """A component's files: those that are not weights, and the weights unless it has none."""
     prefix = f"{component}/" if component else ""
@@ -121,13 +156,20 @@ def checksums(folder: Path) -> dict[str, str]:
 
 
 def check_weights(folder: Path) -> None:
-    """Raise FetchError unless every safetensors file is as long as its header says, and no index names a missing shard."""
+    """Raise FetchError unless every safetensors file is as long as its header says, no index names a missing shard, and torch's
+    files have their ends, where they say what is in them. Pickles are not read.
+    """
     for file in sorted(folder.rglob("*.safetensors")):
         try:
             with safe_open(file, framework="pt"):
                 pass
         except (SafetensorError, OSError, ValueError) as error:
             raise FetchError(f"{file}: found {file.stat().st_size} bytes, damaged ({error}); valid: safetensors") from None
+    for file in sorted([*folder.rglob("*.pt"), *folder.rglob("*.pth")]):
+        with file.open("rb") as opened:
+            start = opened.read(4)
+        if not start.startswith((b"PK\x03\x04", b"\x80")) or (start[:2] == b"PK" and not zipfile.is_zipfile(file)):
+            raise FetchError(f"{file}: found {file.stat().st_size} bytes, damaged; valid: what torch.save writes")
     for file in sorted(folder.rglob("*.safetensors.index*.json")):
         try:
             shards = set(json.loads(file.read_bytes())["weight_map"].values())

@@ -31,7 +31,7 @@ class Record:
         identity: which model it is.
         settings: of a pipeline: what else it is loaded with.
         weights: of the pipeline, and of metrics by their names: where they came from, and their sha256.
-        reward, judges, features: names of metrics; `features` are those of Frechet distances.
+        metrics: names of `judges`, the `reward`'s by their weights, the `features` of Frechet distances, and weights' `dtype`.
         sha256: of the list of the other files.
     """
 
@@ -39,9 +39,7 @@ class Record:
     identity: Backbone
     settings: dict[str, Any]
     weights: dict[str, dict[str, Any]]
-    reward: str
-    judges: list[str]
-    features: str
+    metrics: dict[str, Any]
     sha256: str
 
     @classmethod

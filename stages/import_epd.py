@@ -27,7 +27,7 @@ from solvers import (
 )
 from solvers.epd import check_scales, within
 from stages.files import atomic
-from stages.unpickle import LARGEST_FILE, Inert, RefusedError, described, read_pickle
+from unpickle import LARGEST_FILE, Inert, RefusedError, described, read_pickle
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

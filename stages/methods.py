@@ -62,15 +62,26 @@ class Method(ABC):
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Go on from a checkpoint of `state`."""
 
-    def rewards(self, draw: Draw, iteration: int, grouping: Grouping) -> tuple[Tensor, float]:
-        """Rewards (k, G) of an iteration's groups, by all ranks, and the network's rows: all that ranks exchange."""
+    def rewards(self, draw: Draw, iteration: int, grouping: Grouping) -> tuple[Tensor, Numbers]:
+        """Rewards (k, G) of an iteration's groups, by all ranks, their statistics, the means of what they are made of, and the
+        network's rows: all that ranks exchange.
+        """
         count, tables = self.settings.groups, self.settings.tables
         mine = self.ranks.share(count)
         batch = self.rollouts.batch(self.policy, draw, iteration, count, tables, grouping, mine)
-        # the rows ride along, each group with its part of them
-        rows = torch.full((len(batch.rewards.T), 1), batch.rows / len(batch.rewards.T), dtype=torch.float64)
-        every = self.ranks.gather(torch.cat([batch.rewards.T, rows], 1), count)
-        return every[:, :-1].T, every[:, -1].sum().item()
+        # the rows ride along, each group with its part of them, and so do the parts' means over its tables
+        groups = batch.rewards.shape[1]
+        rows = torch.full((groups, 1), batch.rows / groups, dtype=torch.float64)
+        means = [batch.scores[name].mean(0)[:, None] for name in self.rollouts.reward.parts]
+        every = self.ranks.gather(torch.cat([batch.rewards.T, rows, *means], 1), count)
+        rewards, (rows, *means) = every[:, :tables].T, every[:, tables:].unbind(1)
+        return rewards, {
+            "reward": rewards.mean().item(),
+            "reward_std": rewards.std().item(),
+            "reward_std_in_group": rewards.var(0).mean().sqrt().item(),
+            **{f"reward_{name}": mean.mean().item() for name, mean in zip(self.rollouts.reward.parts, means, strict=True)},
+            "rows": rows.sum().item(),
+        }
 
     def groups(self, iteration: int) -> range:
         """Training samples whose prompts an iteration's groups have."""
@@ -123,7 +134,7 @@ class PolicyGradient(_Descent):
         settings = self.settings
         rollouts = settings.groups * settings.tables
         draw = drawn(self.policy, settings.draws, rng(self.seed, "rdpo", iteration), settings.groups, settings.tables)
-        rewards, rows = self.rewards(draw, iteration, settings.group)
+        rewards, numbers = self.rewards(draw, iteration, settings.group)
         advantage = advantages(rewards, settings.group).flatten()
         with torch.no_grad():
             old = self.policy.log_prob(draw)
@@ -134,14 +145,7 @@ class PolicyGradient(_Descent):
                 loss = surrogate(advantage[chosen], ratio, settings.clip) + self.penalty()
                 lengths.append(descend(self.optimizer, loss, self.warmed(iteration)))
                 clipped.append(((ratio - 1).abs() > settings.clip).double().mean().item())
-        return {
-            "reward": rewards.mean().item(),
-            "reward_std": rewards.std().item(),
-            "reward_std_in_group": rewards.var(0).mean().sqrt().item(),
-            "clip_fraction": float(np.mean(clipped)),
-            "gradient_norm": float(np.mean(lengths)),
-            "rows": rows,
-        }
+        return {**numbers, "clip_fraction": float(np.mean(clipped)), "gradient_norm": float(np.mean(lengths))}
 
     def _minibatches(self, iteration: int, rollouts: int) -> list[Tensor]:
         """Rows of the rollouts that each gradient step is of."""
@@ -165,7 +169,7 @@ class RewardGradient(_Descent):
         means = {name: distribution.mean for name, distribution in self.policy.distributions().items()}
         leaves = {name: mean.detach().requires_grad_() for name, mean in means.items()}
         gradients = [torch.zeros_like(leaf) for leaf in leaves.values()]
-        total, rows = 0.0, 0
+        totals, rows = torch.zeros(1 + len(self.rollouts.reward.parts)).double(), 0
         for part in (mine[first : first + self.rollouts.batch_size] for first in range(0, len(mine), self.rollouts.batch_size)):
             start, wanted = (
                 noise(self.seed, "train", part, self.rollouts.backend.spec.shape),
@@ -173,7 +177,8 @@ class RewardGradient(_Descent):
             )
             with kept(f"rdpo-{iteration}", {"start": start, **{name: leaf.detach() for name, leaf in leaves.items()}}, wanted):
                 images, counter = self.rollouts.images(self.policy.table(dict(leaves)), start, wanted, checkpointed=True)
-                rewards = self.rollouts.score(images, wanted)
+                scores = self.rollouts.score(images, wanted)
+                rewards = scores["reward"]
                 if not rewards.requires_grad:
                     raise RolloutError("reward: has no gradient; valid: a differentiable reward, or rdpo.method rdpo or cma_es")
                 # of the table alone: none of the network's weights
@@ -181,13 +186,14 @@ class RewardGradient(_Descent):
                 if not all(bool(gradient.isfinite().all()) for gradient in found if gradient is not None):
                     raise RolloutError("reward: its gradient by the table is not finite; valid: finite numbers")
             gradients = [g if f is None else g + f for g, f in zip(gradients, found, strict=True)]
-            total += rewards.sum().item()
+            totals += torch.stack([scores[name].detach().sum() for name in ("reward", *self.rollouts.reward.parts)])
             rows += counter.rows
-        sent = torch.cat([*(g.flatten() for g in gradients), torch.tensor([total / count, float(rows)]).double()])
-        *parts, numbers = self.ranks.sum(sent).split([*(g.numel() for g in gradients), 2])
+        sent = torch.cat([*(g.flatten() for g in gradients), totals / count, torch.tensor([float(rows)]).double()])
+        *parts, totals, spent = self.ranks.sum(sent).split([*(g.numel() for g in gradients), len(totals), 1])
         inner = [(mean * part.view_as(mean)).sum() for mean, part in zip(means.values(), parts, strict=True)]
         length = descend(self.optimizer, torch.stack(inner).sum() + self.penalty(), self.warmed(iteration))
-        return {"reward": numbers[0].item(), "gradient_norm": length, "rows": numbers[1].item()}
+        names = ["reward", *(f"reward_{name}" for name in self.rollouts.reward.parts)]
+        return {**dict(zip(names, totals.tolist(), strict=True)), "gradient_norm": length, "rows": spent.item()}
 
 
 class CMAES(Method):
@@ -212,14 +218,9 @@ class CMAES(Method):
         found = [self.policy.shifted(torch.from_numpy(x) * self.deviations) for x in asked]
         means = {name: torch.stack([each[name].mean for each in found]) for name in found[0]}
         draw = {name: mean.repeat_interleave(self.settings.groups, 0) for name, mean in means.items()}
-        rewards, rows = self.rewards(draw, iteration, "shared")
+        rewards, numbers = self.rewards(draw, iteration, "shared")
         self._tell(asked, rewards.mean(1))
-        return {
-            "reward": rewards.mean().item(),
-            "reward_std": rewards.std().item(),
-            "reward_std_in_group": rewards.var(0).mean().sqrt().item(),
-            "rows": rows,
-        }
+        return numbers
 
     def _tell(self, asked: list[np.ndarray], values: Tensor) -> None:
         self.told.append(values)

@@ -129,28 +129,67 @@ class Prompts(Section):
 
 
 DigitsMetric = Literal["log_probability", "accuracy"]
-ImageMetric = Literal["clip_score", "pick_score"]
+ImageMetric = Literal["hps", "pick_score", "image_reward", "clip_score", "aesthetic", "mps"]
+Model = Literal["hps", "pick_score", "image_reward", "bert", "clip_l14", "aesthetic", "mps", "clip_h14", "inception"]
+MODELS: dict[str, tuple[Model, ...]] = {
+    "hps": ("hps",),
+    "pick_score": ("pick_score",),
+    "image_reward": ("image_reward", "bert"),
+    "clip_score": ("clip_l14",),
+    "aesthetic": ("aesthetic", "clip_l14"),
+    "mps": ("mps", "clip_h14"),
+    "clip_l14": ("clip_l14",),
+    "inception": ("inception",),
+}
+"""What each metric of images, and each kind of features, is made of. What two share is loaded once."""
+WEIGHTLESS = {"bert", "clip_h14"}
+"""Models that only a configuration and a tokenizer are taken of."""
+INCEPTION = 2048
+"""Features, and so the fewest images of which a Frechet distance in them says anything."""
 
 
 class Metrics(Section):
-    reward: DigitsMetric | ImageMetric
+    reward: dict[DigitsMetric | ImageMetric, NotNegative]
     judges: Annotated[list[DigitsMetric | ImageMetric], Field(min_length=1)]
-    features: Literal["accuracy", ImageMetric]
-    weights: dict[ImageMetric, Weights]
+    features: Literal["accuracy", "clip_l14", "inception"]
+    dtype: Literal["float32", "float16", "bfloat16"]
+    weights: dict[Model, Weights]
+
+    @property
+    def rewarded(self) -> dict[str, float]:
+        """What the reward is made of, by its weights."""
+        return {name: weight for name, weight in self.reward.items() if weight}
+
+    @property
+    def names(self) -> list[str]:
+        """The metrics that are computed."""
+        return [*self.rewarded, *self.judges]
 
     @model_validator(mode="after")
     def _has_judges_that_are_not_the_reward(self) -> "Metrics":
-        if self.reward in self.judges:
-            raise ValueError(f"judges: found {self.judges}; valid: without {self.reward}, which is the reward")
-        if self.reward == self.features:
-            raise ValueError(f"features: found {self.features}, which is the reward; valid: those of a judge")
-        of_reward = [weights for name, weights in self.weights.items() if name == self.reward]
-        if same := [name for name, weights in self.weights.items() if name != self.reward and weights in of_reward]:
-            raise ValueError(f"weights: found the reward's, {self.reward}, for {', '.join(same)}; valid: weights of its own")
-        used = {self.reward, self.features, *self.judges} & set(get_args(ImageMetric))
-        if used != set(self.weights):
-            raise ValueError(f"weights: found those of {sorted(self.weights)}; valid: of the metrics named, {sorted(used)}")
+        if not self.rewarded:
+            raise ValueError(f"reward: found {self.reward}; valid: a weight above 0 for one metric or more")
+        if twice := sorted({name for name in self.judges if self.judges.count(name) > 1}):
+            raise ValueError(f"judges: found {', '.join(twice)} twice; valid: each once")
+        if both := [name for name in self.judges if name in self.rewarded]:
+            raise ValueError(f"judges: found {self.judges}; valid: without {', '.join(both)}, which the reward is made of")
+        self._has_weights_of_what_is_used()
+        of_reward = {model: name for name in self.rewarded for model in MODELS.get(name, (name,)) if model not in WEIGHTLESS}
+        others: dict[str, Weights] = {**self.weights}
+        for path, name in [("features", self.features), *(("judges", name) for name in self.judges)]:
+            for model in MODELS.get(name, (name,)):
+                if model in of_reward:
+                    shared = f"of which {model} is what the reward's {of_reward[model]} is made of, too"
+                    raise ValueError(f"{path}: found {name}, {shared}; valid: what shares no weights with the reward")
+                if same := [reward for reward in of_reward if reward in others and others[reward] == others.get(model)]:
+                    raise ValueError(f"weights: found the reward's, {same[0]}, for {model}; valid: weights of its own")
         return self
+
+    def _has_weights_of_what_is_used(self) -> None:
+        used = {model for name in [*self.names, self.features] for model in MODELS.get(name, ())}
+        if lacking := sorted(used - set(self.weights)):
+            found = f"found those of {', '.join(sorted(self.weights)) or 'nothing'}"
+            raise ValueError(f"weights: {found}; valid: also of {', '.join(lacking)}, which is in use")
 
 
 MultistepName = Literal[
@@ -340,19 +379,43 @@ class RealImages(Section):
     source: Literal["data"]
 
 
-class OwnImages(Section):
-    source: Literal["reference"]
-    images: Annotated[int, Field(ge=2)]
+class OtherImages(Section):
+    source: Literal["reference", "zip", "folder", "dataset", "statistics"]
+    path: Annotated[str, Field(min_length=1)] | None
+    revision: Annotated[str, Field(pattern="^[0-9a-f]{40}$")] | None
+    split: Name | None
+    column: str | None
+    size: Count | None
+    images: Annotated[int, Field(ge=2)] | None
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None
     batch_size: Count
 
+    @model_validator(mode="after")
+    def _has_what_its_source_needs(self) -> "OtherImages":
+        if (self.path is None) != (self.source == "reference"):
+            valid = "null, for the model's own images" if self.path else f"where the {self.source} is"
+            raise ValueError(f"path: found {self.path!r}; valid: {valid}")
+        if self.images is None and self.source in ("reference", "statistics"):
+            raise ValueError(f"images: found None; valid: how many, for {self.source}")
+        of_images = {"size": self.size} if self.source in ("reference", "statistics") else {}
+        of_dataset = {} if self.source == "dataset" else {"revision": self.revision, "split": self.split, "column": self.column}
+        if odd := {name: value for name, value in (of_images | of_dataset).items() if value is not None}:
+            raise ValueError(f"{', '.join(odd)}: found {odd}; valid: null, for {self.source}")
+        return self
 
-Refs = Annotated[RealImages | OwnImages, Field(discriminator="source")]
+
+Refs = Annotated[RealImages | OtherImages, Field(discriminator="source")]
 
 
 class Evaluate(Section):
     bootstrap: Annotated[int, Field(ge=20)]
     batch_size: Count
     pictures: Annotated[int, Field(ge=1, le=100)]
+    ranges: Annotated[int, Field(ge=1, le=10)]
+
+
+class Report(Section):
+    base: Name
 
 
 class Params(Section):
@@ -374,6 +437,7 @@ class Params(Section):
     samplers: dict[Name, Sampler]
     sample: Sample
     evaluate: Evaluate
+    report: Report
 
     @model_validator(mode="after")
     def _fits_the_backbone(self) -> "Params":
@@ -388,7 +452,7 @@ class Params(Section):
             if flow and afs is not False:
                 raise ValueError(f"{path}afs: found {afs}; valid: False, for a flow model, whose first state is noise alone")
         digits = name == "digits"
-        metrics = [self.metrics.reward, *self.metrics.judges, self.metrics.features]
+        metrics = [*self.metrics.names, self.metrics.features]
         wrong = [metric for metric in metrics if (metric in get_args(DigitsMetric)) != digits]
         if wrong or digits != isinstance(self.refs, RealImages):
             found = ", ".join([*wrong, f"refs.source {self.refs.source}"])
@@ -401,6 +465,19 @@ class Params(Section):
             )
         if not digits and not isinstance(self.distill, DODE) and self.distill.loss == "features":
             raise ValueError(f"distill.loss: found 'features'; valid: 'end' or 'nodes', for the backbone {name}")
+        return self
+
+    @model_validator(mode="after")
+    def _has_images_for_its_distances(self) -> "Params":
+        seeds, ranges = len(parse_seeds(self.sample.seeds)), self.evaluate.ranges
+        if seeds % ranges:
+            raise ValueError(f"evaluate.ranges: found {ranges} for {seeds} images; valid: what divides them")
+        counts = {"sample.seeds": seeds // ranges, "rdpo.validation": self.rdpo.validation}
+        if isinstance(self.refs, OtherImages) and self.refs.images is not None:
+            counts["refs.images"] = self.refs.images
+        for path, count in counts.items() if self.metrics.features == "inception" else ():
+            if count < INCEPTION:
+                raise ValueError(f"{path}: found {count} images; valid: {INCEPTION} or more, for metrics.features inception")
         return self
 
     @model_validator(mode="after")
@@ -454,6 +531,8 @@ class Params(Section):
             sampler = self.samplers[name]
             if not isinstance(sampler, Learned) or sampler.model != f"models/{name}":
                 raise ValueError(f"samplers.{name}: {sampler!r}; valid: solver: predictor, model: models/{name}")
+        if self.report.base not in self.samplers:
+            raise ValueError(f"report.base: found {self.report.base!r}; valid: {', '.join(self.samplers)}")
         return self
 
 

@@ -59,7 +59,8 @@ def rdpo(*, seed: int, guidance_scale: float, compute: Compute, rdpo: RDPOParams
     policy = new_policy(distilled.table, rdpo, seed)
     asked = {"train": asked_of(rdpo), "validation": range(rdpo.validation)}
     frozen, scorers = load_frozen(guidance_scale, compute, asked), load_scorers(compute)
-    watch = Watch(scorers.judges, scorers.watched, scorers.frechet, refs)
+    scorers.load()
+    watch = Watch(scorers.judges, scorers.watched, scorers.extractor, refs)
     rollouts = Rollouts(frozen, scorers.reward, distilled, seed, rdpo.batch_size)
     method = METHODS[rdpo.method](policy, rollouts, ranks, rdpo, seed)
     validation = Validation(rollouts, watch, ranks, seed, rdpo.validation)

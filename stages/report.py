@@ -1,157 +1,161 @@
-"""Stage report: the samplers compared on the same prompts and noise, as a markdown table and one HTML page."""
+"""Stage report: the samplers compared on the same prompts and noise, in markdown and as one HTML page."""
 
-import base64
-import csv
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from jinja2 import Environment, FileSystemLoader
-from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image as Picture
 from torch import Tensor
-from torch.nn.functional import interpolate, pad
+from torch.nn.functional import interpolate
 
 from stages.command import command
-from stages.files import RESULTS, SCORES, TIMES, atomic, read_tensors, reading, require, sha256
-from stages.params import Metrics, RealImages, Refs, Sampler
+from stages.curves import Cost, Image, changes, curves, data_url
+from stages.files import RESULTS, TIMES, atomic, reading, sha256
+from stages.legend import PAIRED, legend, origin, unseen, words
+from stages.params import Metrics, Refs, Report, Sampler
+from stages.results import WATCHED, Quantity, Result, read
+from stages.statistics import Paired, paired
 
 MARKDOWN, PAGE = RESULTS / "report.md", RESULTS / "report.html"
 HELD_OUT = RESULTS / "held_out.json"
-BASE = "distilled"
-SHOWN = 192
-"""Pixels to a side of the page's images, at most."""
-COST = """\
-n = {n} test samples, the same prompts and noise for every sampler; ± is 1.96 standard errors (of FD and RMSE by bootstrap).
-serial, total: evaluations of the network one after the other, and rows per image. """
-DIGITS = """\
-FD: Frechet distance to the training
-digits in the judge's features; FD to reference: to the reference's images. RMSE: root mean squared difference to the
-reference on the same noise, of states in [-1, 1]. accuracy: by the judge, which is never a reward. reward: log-probability of
-the wanted digit by another classifier; last column: paired difference with its 95 % interval."""
-IMAGES = """\
-FD: Frechet distance to other
-images of the reference, in the features of {features}; FD to reference: to its images of the same noise. RMSE: root mean
-squared difference to the reference on the same noise, of latents. {judges}: by judges, which are never the reward. reward:
-{reward}; last column: paired difference with its 95 % interval."""
+LEARNED, TUNED = "distilled", "rdpo"
+SHOWN, MAGNIFIED = 192, 48
+"""Pixels to a side of the page's pictures, at most, and of those that are smaller than that and magnified, about."""
 
 
-def report(*, samplers: dict[str, Sampler], metrics: Metrics, refs: Refs) -> None:
+def report(*, samplers: dict[str, Sampler], metrics: Metrics, refs: Refs, report: Report) -> None:
     """Write results/report.md, and results/report.html, which also holds pictures, curves and the stages' times.
 
     The page is not an output for DVC to keep: times differ from run to run.
     """
-    results, scores, values = {}, {}, dict[str, Any]()
-    for name in samplers:
-        with reading(SCORES / f"{name}.safetensors") as file:
-            scores[name], values = read_tensors(file)
-        with reading(RESULTS / f"{name}.json") as file:
-            results[name] = json.loads(file.read_text())
-            require(file, "n", results[name]["n"], len(scores[next(iter(samplers))]["reward"]))
+    results, base = read(list(samplers), metrics), report.base
+    learned = results[LEARNED]
     with reading(HELD_OUT) as file:
-        held_out = json.loads(file.read_text())
-    real, columns = isinstance(refs, RealImages), columns_of(metrics.judges)
-    names = {"features": metrics.features, "judges": ", ".join(metrics.judges), "reward": metrics.reward}
-    rows = [row(name, results[name], scores[name], scores[BASE], metrics.judges) for name in samplers]
-    legend = COST.format(n=results[BASE]["n"]) + (DIGITS if real else IMAGES.format(**names))
+        others = held_out(json.loads(file.read_text()), learned, refs)
     classical = [name for name, sampler in samplers.items() if sampler.solver != "predictor" and name != "reference"]
-    findings = [*compare(results, scores, classical, metrics.judges), unseen(held_out, metrics.judges, real)]
-    text = "\n".join([markdown_table(columns, rows), "", legend, "", *(f"- {finding}" for finding in findings), ""])
+    findings = [*distilled_against(results, classical), tuned_against(results), *others]
+    columns = ["sampler", "serial", "total", *(quantity.name for quantity in learned.quantities)]
+    rows = [row(name, result) for name, result in results.items()]
+    terms, tables = legend(learned, refs), compared(results, base)
+    head = ["sampler", "mean", f"less {base}", "standard error", "95 % interval", "wins"]
+    pairs = [[name, *line] for name, lines in tables.items() for line in lines]
+    meanings = bullets(f"{term}: {meaning}." for term, meaning in terms)
+    summary = "\n\n".join([markdown_table(columns, rows), bullets(findings), "Where:", meanings])
+    against = "\n\n".join([f"## Against {base}", PAIRED.format(base=base), markdown_table(["metric", *head], pairs)])
     with atomic(MARKDOWN) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(f"{summary}\n\n{against}\n", encoding="utf-8")
     times = stage_times(samplers)
     page = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True).get_template("report.html")
     html = page.render(
         report=sha256(MARKDOWN),
         columns=columns,
         rows=rows,
-        legend=legend,
         findings=findings,
-        pictures={name: picture(scores[name]["pictures"]) for name in samplers},
-        height=min(SHOWN, scores[BASE]["pictures"].shape[2]),
-        prompts=values["prompts"],
-        curves=[distillation_curve(), rdpo_curve("the real digits" if real else "other images of the reference")],
+        terms=terms,
+        base=base,
+        paired=PAIRED.format(base=base),
+        head=head,
+        tables=tables,
+        prompts=learned.prompts[: len(learned.pictures)],
+        pictures={name: pictures(name, result) for name, result in results.items()},
+        size=size(learned.pictures),
+        tiny=max(learned.pictures.shape[2:]) < MAGNIFIED,
+        curves=curves([cost(name, result) for name, result in results.items()], learned.label, origin(refs)),
+        changes=changes([*(record["name"] for record in learned.metrics), *WATCHED]),
         times=times,
+        records={record["label"]: record for record in learned.protocol} | {r["name"]: r for r in learned.metrics},
+        words=words,
     )
     with atomic(PAGE) as temporary:
         temporary.write_text(html, encoding="utf-8")
-    print(text)
-    print(markdown_table(["stage", "seconds", "peak memory (MB)"], times))
-    print(f"\n{PAGE}")
+    print(summary)
+    print(f"\n{markdown_table(['stage', 'seconds', 'peak memory (MB)'], times)}")
+    print(f"\nEvery metric paired with {base}: {MARKDOWN}; with pictures and curves: {PAGE}")
 
 
-def columns_of(judges: Sequence[str]) -> list[str]:
-    """The table's head."""
-    return ["sampler", "serial", "total", "FD", "FD to reference", "RMSE", *judges, "reward", f"reward - {BASE}"]
-
-
-def row(
-    name: str, result: dict[str, Any], scores: dict[str, Tensor], base: dict[str, Tensor], judges: Sequence[str]
-) -> list[str]:
+def row(name: str, result: Result) -> list[str]:
     """One line of the table."""
+    own = ("distance_to_reference", "rmse") if name == "reference" else ()
+    cells = ["0" if quantity.key in own else cell(quantity, *result.found[quantity.key]) for quantity in result.quantities]
+    return [name, str(result.serial), f"{result.total:g}", *cells]
 
-    def cell(key: str, digits: int) -> str:
-        return f"{result[key]:.{digits}f} ± {1.96 * result[f'{key}_se']:.{digits}f}"
 
-    reference = name == "reference"
+def cell(quantity: Quantity, value: float, error: float) -> str:
+    """A value and half its 95 % interval."""
+    digits, times = quantity.digits, quantity.times
+    return f"{times * value:.{digits}f} ± {times * 1.96 * error:.{digits}f}"
+
+
+def compared(results: dict[str, Result], base: str) -> dict[str, list[list[str]]]:
+    """For each score, unless it is one number for all images: a line for each sampler but the base."""
+    tables = {}
+    for key, name in results[base].scored.items():
+        scores = {sampler: result.scores[key] for sampler, result in results.items()}
+        if len(torch.cat(list(scores.values())).unique()) > 1:
+            others = [sampler for sampler in results if sampler != base]
+            tables[name] = [[sampler, *comparison(paired(scores[sampler], scores[base]))] for sampler in others]
+    return tables
+
+
+def comparison(found: Paired) -> list[str]:
+    """Mean, difference, its standard error and 95 % interval, and wins."""
+    low, high = (f"{found.difference + sign * found.half:+.4f}" for sign in (-1, 1))
+    wins = f"{100 * found.wins:.1f} % [{', '.join(f'{100 * end:.1f}' for end in found.wins_95)}]"
+    return [f"{found.mean:.4f}", f"{found.difference:+.4f}", f"{found.error:.4f}", f"[{low}, {high}]", wins]
+
+
+def distilled_against(results: dict[str, Result], classical: list[str]) -> list[str]:
+    """The distilled table against the classical sampler of the least RMSE at its serial evaluations, if there is one."""
+    learned = results[LEARNED]
+    rivals = [name for name in classical if results[name].serial == learned.serial]
+    if not rivals:
+        return []
+    name = min(rivals, key=lambda name: results[name].found["rmse"])
+    rival = results[name]
+    ratio = learned.found["rmse"][0] / rival.found["rmse"][0]
+    spread = 1.96 * (learned.resamples["rmse"] / rival.resamples["rmse"]).std().item()
     return [
-        name,
-        str(result["serial_evaluations"]),
-        f"{result['total_evaluations']:g}",
-        cell("frechet_distance", 2),
-        "0" if reference else cell("distance_to_reference", 3),
-        "0" if reference else cell("rmse", 4),
-        *(cell(judge, 4) for judge in judges),
-        cell("reward", 4),
-        "0" if name == BASE else interval(*paired(scores["reward"], base["reward"]), 4),
+        f"{LEARNED} has {ratio:.2f} ± {spread:.2f} times the RMSE of {name}, the best in that of these classical samplers, "
+        f"at {learned.serial} serial evaluations each (total: {learned.total:g} against {rival.total:g}). "
+        "Other schedules, better ones among them: bench/solvers.md."
     ]
 
 
-def compare(
-    results: dict[str, Any], scores: dict[str, dict[str, Tensor]], classical: list[str], judges: Sequence[str]
-) -> list[str]:
-    """The two comparisons that the table is made for."""
-    findings = []
-    serial = results[BASE]["serial_evaluations"]
-    rivals = [name for name in classical if results[name]["serial_evaluations"] == serial]
-    if rivals:
-        rival = min(rivals, key=lambda name: results[name]["rmse"])
-        ratio = results[BASE]["rmse"] / results[rival]["rmse"]
-        spread = 1.96 * (scores[BASE]["rmse_bootstrap"] / scores[rival]["rmse_bootstrap"]).std().item()
-        findings.append(
-            f"{BASE} has {ratio:.2f} ± {spread:.2f} times the RMSE of {rival}, the best in that of these classical samplers, "
-            f"at {serial} serial evaluations each (total: {results[BASE]['total_evaluations']:g} against "
-            f"{results[rival]['total_evaluations']:g}). Other schedules, better ones among them: bench/solvers.md."
-        )
-    distances = [scores[name]["frechet_distance_bootstrap"] for name in ("rdpo", BASE)]
-    change = results["rdpo"]["frechet_distance"] - results[BASE]["frechet_distance"]
-    half = 1.96 * (distances[0] - distances[1]).std().item()
-    gain = interval(*paired(scores["rdpo"]["reward"], scores[BASE]["reward"]), 4)
-    judged = [f"{judge} by the judge {interval(*paired(scores['rdpo'][judge], scores[BASE][judge]), 4)}" for judge in judges]
-    findings.append(f"rdpo less {BASE}, paired: reward {gain}, FD {interval(change, half, 3)}, {', '.join(judged)}.")
-    return findings
+def tuned_against(results: dict[str, Result]) -> str:
+    """What fine-tuning for the reward has changed."""
+    tuned, learned = results[TUNED], results[LEARNED]
+
+    def gain(key: str) -> str:
+        found = paired(tuned.scores[key], learned.scores[key])
+        return interval(found.difference, found.half, 4)
+
+    change = tuned.found["frechet_distance"][0] - learned.found["frechet_distance"][0]
+    half = 1.96 * (tuned.resamples["frechet_distance"] - learned.resamples["frechet_distance"]).std().item()
+    rewards = [f"{name} {gain(key)}" for key, name in tuned.scored.items() if key not in (*tuned.judges, *WATCHED)]
+    judged = [f"{judge} by the judge {gain(judge)}" for judge in tuned.judges]
+    return f"{TUNED} less {LEARNED}, paired: {', '.join([*rewards, f'{tuned.label} {interval(change, half, 3)}', *judged])}."
 
 
-def unseen(held_out: dict[str, Any], judges: Sequence[str], real: bool) -> str:
-    """What images that no network has seen score, as a measure for the samplers' scores."""
-    names = {**{judge: judge for judge in judges}, "reward": "reward", "frechet_distance": "FD"}
-    found = [
-        f"{name} {held_out[key]:.{digits}f} ± {1.96 * held_out[f'{key}_se']:.{digits}f}"
-        for (key, name), digits in zip(names.items(), [4] * (len(names) - 1) + [2], strict=True)
-    ]
-    return (
-        f"{'Held-out real digits' if real else 'Other images of the reference'} (n = {held_out['n']}): {', '.join(found)} "
-        "(not to be compared with the table's: a distance is larger for a smaller n)."
-    )
+def held_out(found: dict[str, Any], result: Result, refs: Refs) -> list[str]:
+    """What images that no network has seen score, as a measure for the samplers' scores, as far as there are any."""
+    every = [*(Quantity(key, name, 4) for key, name in result.scored.items()), Quantity("frechet_distance", "FD", 2)]
+    shown = {quantity.key: quantity for quantity in every if quantity.key in found}
+    if not shown:
+        return []
+    cells = [f"{quantity.name} {cell(quantity, found[key], found[f'{key}_se'])}" for key, quantity in shown.items()]
+    other = "frechet_distance" in shown and found["n"] != len(result.prompts)
+    note = " (not to be compared with the table's: a distance is larger for a smaller n)" if other else ""
+    return [f"{unseen(refs)} (n = {found['n']}): {', '.join(cells)}{note}."]
 
 
-def paired(values: Tensor, base: Tensor) -> tuple[float, float]:
-    """Mean of the differences (n,) and half its 95 % interval."""
-    difference = values - base
-    return difference.mean().item(), 1.96 * difference.std().item() / len(difference) ** 0.5
+def cost(name: str, result: Result) -> Cost:
+    """A sampler's point in the curves."""
+    value, error = result.found["frechet_distance"]
+    return Cost(name, value, 1.96 * error, result.serial, result.total)
 
 
 def interval(middle: float, half: float, digits: int) -> str:
@@ -161,9 +165,15 @@ def interval(middle: float, half: float, digits: int) -> str:
 
 def markdown_table(columns: list[str], rows: list[list[str]]) -> str:
     """A table in markdown, its columns aligned."""
-    widths = [max(len(line[i]) for line in [columns, *rows]) for i in range(len(columns))]
-    lines = [columns, ["-" * width for width in widths], *rows]
+    table = [[" ".join(cell.split()).replace("|", "\\|") for cell in line] for line in [columns, *rows]]
+    widths = [max(len(line[i]) for line in table) for i in range(len(columns))]
+    lines = [table[0], ["-" * width for width in widths], *table[1:]]
     return "\n".join("| " + " | ".join(f"{c:<{w}}" for c, w in zip(line, widths, strict=True)) + " |" for line in lines)
+
+
+def bullets(lines: Iterable[str]) -> str:
+    """A list in markdown."""
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def stage_times(samplers: Iterable[str]) -> list[list[str]]:
@@ -178,59 +188,28 @@ def stage_times(samplers: Iterable[str]) -> list[list[str]]:
     return [*lines, *missing, ["total", f"{sum(time['seconds'] for _, time in found):.1f}", ""]]
 
 
-def picture(images: Tensor) -> str:
-    """One sampler's first images, uint8 (n, C, H, W), side by side with a white gap."""
-    if images.shape[2] > SHOWN:
-        images = interpolate(images.float(), scale_factor=SHOWN / images.shape[2], mode="area").round().to(torch.uint8)
-    strip = torch.cat([pad(image, (0, 1), value=255) for image in images], 2)  # (C, H, n (W + 1))
+def pictures(name: str, result: Result) -> list[Image]:
+    """A sampler's first images, with as many pixels as are shown."""
+    images = result.pictures
+    if max(images.shape[2:]) > SHOWN:
+        height, width = size(images)
+        images = interpolate(images.float(), size=(height, width), mode="area").round().to(torch.uint8)
+    return [Image(png(image), f"{name}: {prompt}") for image, prompt in zip(images, result.prompts, strict=False)]
+
+
+def size(images: Tensor) -> tuple[int, int]:
+    """Height and width of pictures in the page: tiny ones are magnified by a whole number."""
+    side = max(images.shape[2:])
+    times = max(1, MAGNIFIED // side) if side <= SHOWN else SHOWN / side
+    height, width = (max(1, round(times * length)) for length in images.shape[2:])
+    return height, width
+
+
+def png(image: Tensor) -> str:
+    """An image, uint8 (C, H, W), of one channel or three."""
     buffer = io.BytesIO()
-    Image.fromarray(strip.permute(1, 2, 0).squeeze(2).numpy()).save(buffer, "png")
-    return embedded(buffer.getvalue(), "image/png")
-
-
-def distillation_curve() -> str:
-    """Training and validation error by iteration."""
-    points = read_csv(RESULTS / "distill.csv")
-    figure = Figure(figsize=(5.5, 3.6), layout="constrained")
-    axes = figure.add_subplot(title="Distillation", xlabel="iteration", ylabel="RMSE to the teacher")
-    for key, label in (("train_rmse", "training noise"), ("validation_rmse", "validation noise")):
-        axes.plot([p["iteration"] for p in points], [p[key] for p in points], marker=".", label=label)
-    axes.set_yscale("log")
-    axes.legend()
-    return svg(figure)
-
-
-def rdpo_curve(others: str) -> str:
-    """Reward against Frechet distance on validation noise, the deployed table marked."""
-    points = read_csv(RESULTS / "rdpo.csv")
-    figure = Figure(figsize=(5.5, 3.6), layout="constrained")
-    axes = figure.add_subplot(title="RDPO, validation", xlabel=f"FD to {others}", ylabel="mean reward")
-    axes.errorbar(
-        [p["frechet_distance"] for p in points], [p["reward"] for p in points], [p["gain_95"] for p in points], marker="."
-    )
-    axes.axvline(points[0]["frechet_distance"], color="grey", linestyle=":", label="FD of the distilled table")
-    (deployed,) = (p for p in points if p["deployed"])
-    axes.plot(deployed["frechet_distance"], deployed["reward"], "o", label=f"deployed: iteration {deployed['iteration']:g}")
-    axes.legend()
-    return svg(figure)
-
-
-def read_csv(path: Path) -> list[dict[str, float]]:
-    """The rows of a curve."""
-    with reading(path), path.open(encoding="utf-8") as file:
-        return [{key: float(value) for key, value in line.items()} for line in csv.DictReader(file, restval="")]
-
-
-def svg(figure: Figure) -> str:
-    """A figure as an image for an HTML page."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg")
-    return embedded(buffer.getvalue(), "image/svg+xml")
-
-
-def embedded(data: bytes, kind: str) -> str:
-    """A data URL."""
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+    Picture.fromarray(image.permute(1, 2, 0).squeeze(2).numpy()).save(buffer, "png")
+    return data_url(buffer.getvalue(), "image/png")
 
 
 if __name__ == "__main__":

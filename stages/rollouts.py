@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from backends import counted_denoiser
-from metrics import Scorer
+from metrics.mixture import Mixture
 from solvers import Checkpointed, Counter, Deduplicated, Draw, Policy, Predictor, integrate
 from solvers.families import Table
 from stages.files import FAILED, RolloutError, StageError, write_tensors
@@ -24,10 +24,16 @@ Grouping = Literal["shared", "prompt", "mixed"]
 
 @dataclass(frozen=True)
 class Batch:
-    """Rewards of rollouts, of k tables in each of G groups, (k, G), float64; and the network's rows spent on them."""
+    """Scores of rollouts, of k tables in each of G groups, (k, G), float64: the `reward`, and what it is made of, by name; and
+    the network's rows spent on them.
+    """
 
-    rewards: Tensor
+    scores: dict[str, Tensor]
     rows: int
+
+    @property
+    def rewards(self) -> Tensor:
+        return self.scores["reward"]
 
 
 class Rollouts:
@@ -40,7 +46,7 @@ class Rollouts:
         batch_size: images at a time; changes the speed only.
     """
 
-    def __init__(self, frozen: Frozen, reward: Scorer, distilled: Predictor, seed: int, batch_size: int) -> None:
+    def __init__(self, frozen: Frozen, reward: Mixture, distilled: Predictor, seed: int, batch_size: int) -> None:
         self.backend, self.prompts = frozen.backend, frozen.prompts
         self.reward = reward
         self.distilled = distilled
@@ -60,10 +66,14 @@ class Rollouts:
         x = integrate(denoise, predictor, self.backend.spec.state(predictor.sigmas[0] * start), predictor.sigmas)
         return self.backend.decode(x), counter
 
-    def score(self, images: Tensor, wanted: Sequence[str]) -> Tensor:
-        """Rewards (M*B,), float64 on the CPU, of images (M*B, ...) whose row i has prompt i mod B; checked."""
+    def score(self, images: Tensor, wanted: Sequence[str]) -> dict[str, Tensor]:
+        """Of images (M*B, ...) whose row i has prompt i mod B, what the reward is made of and the `reward`; each checked.
+
+        (M*B,), float64 on the CPU.
+        """
         repeated = [wanted[i % len(wanted)] for i in range(len(images))]
-        return checked("reward", self.reward(images, repeated), repeated)
+        scores = {name: checked(name, part.scorer(images, repeated), repeated) for name, part in self.reward.parts.items()}
+        return {**scores, "reward": self.reward.mixed(scores)}
 
     def batch(
         self, policy: Policy, draw: Draw, iteration: int, groups: int, tables: int, grouping: Grouping, mine: slice
@@ -84,7 +94,7 @@ class Rollouts:
         mine_of = {name: numbers.unflatten(0, (tables, -1))[:, mine] for name, numbers in draw.items()}  # (k, G', N, n)
         samples = range(iteration * groups, (iteration + 1) * groups)[mine]
         wanted, start = self.prompts("train", samples), self._noise(samples, tables, grouping)
-        size, rows, pending = max(1, self.batch_size // tables), 0, list[Future[Tensor]]()
+        size, rows, pending = max(1, self.batch_size // tables), 0, list[Future[dict[str, Tensor]]]()
         with kept(f"rdpo-{iteration}", {"start": start, **mine_of}, wanted), ThreadPoolExecutor(1) as scorer, torch.no_grad():
             for part in (slice(first, first + size) for first in range(0, len(samples), size)):
                 table = policy.table({name: numbers[:, part].flatten(0, 1) for name, numbers in mine_of.items()})
@@ -93,10 +103,11 @@ class Rollouts:
                 for earlier in pending[-1:]:  # no more than one part waits to be scored
                     earlier.result()
                 pending.append(scorer.submit(self._scored, images, wanted[part], f"rdpo-{iteration}-images"))
-            rewards = torch.cat([future.result().unflatten(0, (tables, -1)) for future in pending], 1)
-        return Batch(rewards, rows)
+            found = [future.result() for future in pending]
+        every = {name: torch.cat([scores[name].unflatten(0, (tables, -1)) for scores in found], 1) for name in found[0]}
+        return Batch(every, rows)
 
-    def _scored(self, images: Tensor, wanted: Sequence[str], name: str) -> Tensor:
+    def _scored(self, images: Tensor, wanted: Sequence[str], name: str) -> dict[str, Tensor]:
         with kept(name, {"images": images}, wanted), torch.no_grad():  # which is each thread's own
             return self.score(images, wanted)
 

@@ -1,91 +1,172 @@
 """What scores images: the metrics that the stage `backbone` was told of."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from metrics import Scorer
+from metrics import Metric, Scorer
 from metrics.accuracy import Accuracy
 from metrics.colour import brightness, saturation
-from metrics.frechet import JUDGE, Frechet
+from metrics.frechet import Extractor, judge
 from metrics.log_probability import LogProbability
+from metrics.mixture import Mixture
 from stages.device import device_of
 from stages.files import BACKBONE, reading
-from stages.frozen import RECORD, Record, loading
-from stages.params import Compute, Weights
+from stages.frozen import DTYPES, RECORD, Record, loading
+from stages.params import MODELS, Compute, Weights
+
+WATCHED: dict[str, Scorer] = {"brightness": brightness, "saturation": saturation}
+
+Scores = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Scorers:
-    """What scores images.
+    """What scores images. Weights are read when they are first needed, or by `load`.
 
     Attributes:
         reward: what is to be raised.
         judges: of which more is better, never the reward or learned with it.
         watched: what a reward is easily raised by: neither good nor bad.
-        frechet: distances of distributions of images.
+        extractor: features of images, whose distributions are compared.
+        records: what each metric is, and which weights it has.
+        origin: the same of the features.
     """
 
-    reward: Scorer
-    judges: dict[str, Scorer]
-    watched: dict[str, Scorer]
-    frechet: Frechet
+    reward: Mixture
+    judges: Mapping[str, Metric]
+    watched: Mapping[str, Scorer]
+    extractor: Extractor
+    records: Sequence[dict[str, Any]]
+    origin: dict[str, Any]
+
+    def load(self) -> None:
+        """Read all weights now: before hours of work for them.
+
+        Raises:
+            InputError: some are missing or not what they have to be.
+        """
+        with loading():
+            for metric in self.metrics.values():
+                metric.load()
+            self.extractor.load()
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """Every metric by its name."""
+        return {**{name: part.scorer for name, part in self.reward.parts.items()}, **self.judges}
 
     @torch.no_grad()
-    def scores(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+    def scores(self, images: Tensor, prompts: Sequence[str]) -> Scores:
         """Of images (B, C, H, W) in [0, 1] and their prompts every score by its name, (B,), and `features` (B, F); float64."""
-        every = {"reward": self.reward, **self.judges, **self.watched}
+        every = {**self.metrics, **self.watched}
         scores = {name: score(images, prompts).double().cpu() for name, score in every.items()}
-        return {**scores, "features": self.frechet.features(images)}
+        return {**scores, "reward": self.reward.mixed(scores), "features": self.extractor(images)}
 
 
 def load_scorers(compute: Compute) -> Scorers:
     """The metrics that the backbone was made with."""
-    device = device_of(compute)
     with reading(BACKBONE):
         record = Record.load()
-    judges = {name: scorer(name, record, device) for name in record.judges}
-    watched = {"brightness": brightness, "saturation": saturation}
-    return Scorers(scorer(record.reward, record, device), judges, watched, frechet(record, device))
+    known = _Metrics(record, device_of(compute))
+    weights: dict[str, float] = record.metrics["reward"]
+    metrics = {name: known.metric(name) for name in [*weights, *record.metrics["judges"]]}
+    reward = Mixture.of({name: metrics[name] for name in weights}, weights)
+    records = list[dict[str, Any]]()
+    for name, metric in metrics.items():
+        part = {"name": name, "in_reward": name in weights, "weight": weights.get(name, 0.0)}
+        records.append({**part, **asdict(metric.card), **known.origin(name)})
+    judges = {name: metrics[name] for name in record.metrics["judges"]}
+    features = record.metrics["features"]
+    return Scorers(reward, judges, WATCHED, known.extractor(features), records, known.origin(features))
 
 
-def model_of(record: Record, name: str) -> Path:
-    """The folder of a metric's model, fetched again where this machine has not got it."""
-    from stages.fetch import model_files  # what it takes to fetch, which digits' metrics do not
-    from stages.weights import weights_folder
+class _Metrics:
+    """Metrics by their names; what two of them are made of is loaded once."""
 
-    weights = Weights(**record.weights[name])
-    return weights_folder(weights, lambda files, place: model_files(files, weights.variant, place))[0]
+    def __init__(self, record: Record, device: torch.device) -> None:
+        self.record, self.device = record, device
+        self.dtype = DTYPES[record.metrics["dtype"]]
+        self.clip = cache(self._clip)
 
-
-def scorer(name: str, record: Record, device: torch.device) -> Scorer:
-    """The metric of that name."""
-    match name:
-        case "log_probability":
-            with reading(BACKBONE):
+    def metric(self, name: str) -> Metric:
+        """The metric of that name. Those of images are imported here: transformers and open_clip take seconds, digits none."""
+        where = {"device": self.device, "dtype": self.dtype}
+        match name:
+            case "log_probability":
                 return LogProbability(BACKBONE / "reward.safetensors")
-        case "accuracy":
-            with reading(BACKBONE):
+            case "accuracy":
                 return Accuracy(BACKBONE / "judge.safetensors")
-        case "clip_score" | "pick_score":
-            from metrics.clip import ClipScore, PickScore  # transformers, as diffusers, takes seconds
+            case "hps":
+                from metrics.hps import HPS
 
-            folder = model_of(record, name)
-            with loading():
-                return {"clip_score": ClipScore, "pick_score": PickScore}[name](folder, device)
-    raise ValueError(f"{RECORD}: metric {name!r}; valid: log_probability, accuracy, clip_score, pick_score")
+                return self.of(HPS, "hps", **where)
+            case "image_reward":
+                from metrics.image_reward import ImageReward
 
+                return self.of(ImageReward, "image_reward", "bert", **where)
+            case "mps":
+                from metrics.mps import MPS
 
-def frechet(record: Record, device: torch.device) -> Frechet:
-    """Distances in the features of the metric that has them."""
-    if record.features == "accuracy":
-        with reading(BACKBONE):
-            return Frechet(JUDGE, BACKBONE / "judge.safetensors")
-    from metrics.clip import CLIP
+                return self.of(MPS, "mps", "clip_h14", **where)
+            case "pick_score":
+                from metrics.clip import PickScore
 
-    folder = model_of(record, record.features)
-    with loading():
-        return Frechet(CLIP, folder, cuda=device.type == "cuda")
+                return PickScore(self.clip("pick_score"))
+            case "clip_score":
+                from metrics.clip import ClipScore
+
+                return ClipScore(self.clip("clip_l14"))
+            case "aesthetic":
+                from metrics.aesthetic import Aesthetic
+
+                with loading():
+                    return Aesthetic(self.clip("clip_l14"), self.folder("aesthetic"))
+        raise ValueError(f"{RECORD}: metric {name!r}; valid: {', '.join(MODELS)}, log_probability, accuracy")
+
+    def extractor(self, name: str) -> Extractor:
+        """The features of that name."""
+        match name:
+            case "accuracy":
+                return judge(BACKBONE / "judge.safetensors")
+            case "clip_l14":
+                from metrics.clip import ClipFeatures
+
+                return ClipFeatures(self.clip("clip_l14"), name)
+            case "inception":
+                from metrics.frechet import inception
+
+                with loading():
+                    return inception(self.folder("inception"), self.device)
+        raise ValueError(f"{RECORD}: features {name!r}; valid: accuracy, clip_l14, inception")
+
+    def of(self, kind: Callable[..., Metric], *models: str, **where: Any) -> Metric:
+        """A metric of these models' folders."""
+        with loading():
+            return kind(*map(self.folder, models), **where)
+
+    def _clip(self, model: str) -> Any:
+        from metrics.clip import Clip
+
+        with loading():
+            return Clip(self.folder(model), self.device, self.dtype)
+
+    def folder(self, model: str) -> Path:
+        """The folder of a model, fetched again where this machine has not got it."""
+        from stages.fetch import metric_files  # what it takes to fetch, which digits' metrics do not
+        from stages.weights import weights_folder
+
+        weights = Weights(**self.record.weights[model])
+        return weights_folder(weights, lambda files, place: metric_files(model, files, weights.variant, place))[0]
+
+    def origin(self, name: str) -> dict[str, Any]:
+        """Which weights a metric or features have; the digits' are in models/backbone."""
+        kept = ("id", "revision", "sha256")
+        models = [{"model": model, **{k: self.record.weights[model][k] for k in kept}} for model in MODELS.get(name, ())]
+        own = [{"model": "models/backbone", "id": "digits", "revision": None, "sha256": self.record.sha256}]
+        return {"models": models or own, "dtype": self.record.metrics["dtype"] if models else "float32"}

@@ -27,6 +27,13 @@ def parse_seeds(text: str | int) -> list[int]:
     return [seed for seeds in ranges for seed in seeds]
 
 
+def shown_seeds(seeds: list[int]) -> str:
+    """What `parse_seeds` reads as these, in the fewest ranges."""
+    starts = [i for i, seed in enumerate(seeds) if i == 0 or seed != seeds[i - 1] + 1]
+    runs = [(seeds[start], seeds[end - 1]) for start, end in pairwise([*starts, len(seeds)])]
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
 def short(value: object) -> str:
     """A value for a message, on one line, and not all of it where it is long."""
     text = repr(value)

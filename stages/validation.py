@@ -1,15 +1,16 @@
 """What a table is worth on fixed validation prompts and noise, against the table that training starts from."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from metrics import Scorer
-from metrics.frechet import Frechet, Statistics, distance, statistics
+from metrics.frechet import Extractor, Statistics, distance, require_images, statistics
 from solvers import Drawable
-from stages.files import RolloutError
+from stages.files import InputError, RolloutError
 from stages.noise import batches, noise
 from stages.ranks import Ranks
 from stages.rollouts import Rollouts, checked, kept, tensors_of
@@ -31,12 +32,12 @@ class Watch:
     Attributes:
         judges: scores of which more is better, never the reward or learned with it.
         watched: what a reward is easily raised by: told when it moves, neither good nor bad.
-        frechet, refs: the distance to real images.
+        extractor, refs: of the distance to real images.
     """
 
-    judges: dict[str, Scorer]
-    watched: dict[str, Scorer]
-    frechet: Frechet
+    judges: Mapping[str, Scorer]
+    watched: Mapping[str, Scorer]
+    extractor: Extractor
     refs: Statistics
 
 
@@ -60,6 +61,10 @@ class Validation:
         self.ranks = ranks
         self.seed = seed
         self.samples = samples
+        try:
+            require_images(samples, watch.extractor.width)
+        except ValueError as error:
+            raise InputError(f"rdpo.validation: {error}") from error
         self.start: dict[str, Tensor] = {}
         self.start_distance = math.inf
         self.rows = 0.0
@@ -83,7 +88,7 @@ class Validation:
             "gain_95": half_interval(gain),
             "frechet_distance": found,
         }
-        for name in [*self.watch.judges, *self.watch.watched]:
+        for name in [*self.rollouts.reward.parts, *self.watch.judges, *self.watch.watched]:
             change = scores[name] - self.start[name]
             point |= {name: scores[name].mean().item(), f"{name}_change": change.mean().item()}
             point[f"{name}_change_95"] = half_interval(change)
@@ -112,7 +117,7 @@ class Validation:
     def _scores(self, table: Drawable, iteration: int) -> tuple[dict[str, Tensor], float]:
         """Scores by name, (samples,), and the Frechet distance."""
         mine = range(self.samples)[self.ranks.share(self.samples)]
-        scorers = {"reward": self.rollouts.reward, **self.watch.judges, **self.watch.watched}
+        others = {**self.watch.judges, **self.watch.watched}
         parts: list[dict[str, Tensor]] = []
         rows = 0
         for batch in batches(len(mine), self.rollouts.batch_size):
@@ -121,8 +126,8 @@ class Validation:
             start = noise(self.seed, "validation", samples, self.rollouts.backend.spec.shape)
             with kept(f"rdpo-{iteration}-validation", {"start": start, **tensors_of(table)}, wanted):
                 images, counter = self.rollouts.images(table, start, wanted)
-                scores = {name: checked(name, scorer(images, wanted), wanted) for name, scorer in scorers.items()}
-                parts.append({**scores, "features": self.watch.frechet.features(images)})
+                scores = {name: checked(name, scorer(images, wanted), wanted) for name, scorer in others.items()}
+                parts.append({**self.rollouts.score(images, wanted), **scores, "features": self.watch.extractor(images)})
             rows += counter.rows
         every = {name: self.ranks.gather(torch.cat([part[name] for part in parts]), self.samples) for name in parts[0]}
         self.rows += self.ranks.sum(torch.tensor(float(rows), dtype=torch.float64)).item()

@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 import typer
 from huggingface_hub import constants
 
-from stages.fetch import FetchError, Folder, Origin, check_weights, checksums, short
+from stages.fetch import LARGE, FetchError, Folder, Origin, check_weights, checksums, short
 from stages.params import Weights
 
 VARIABLE = "PARASOL_WEIGHTS"
@@ -67,7 +67,7 @@ def weights_folder(weights: Weights, choose: Choice, check: Callable[[Path], Non
 def _fetched(weights: Weights, choose: Choice, check: Callable[[Path], None]) -> tuple[Path, str]:
     source = origin(weights.source, weights.id, weights.revision)
     files = choose(source.files(), source.place)
-    large = [file for file in files if file.endswith(".safetensors")]
+    large = [file for file in files if file.endswith(LARGE)]
     with TemporaryDirectory(prefix=f".{_key(weights)}-", dir=STORE) as work:
         folder = Path(work) / "files"
         source.get([file for file in files if file not in large], folder)

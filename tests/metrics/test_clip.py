@@ -15,15 +15,12 @@ with warnings.catch_warnings():  # of transformers' own imports
     from PIL import Image
     from tiny_clip import IMAGE, PROJECTION, saved_clip, tiny_clip
     from transformers import CLIPImageProcessor
-    from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    from metrics.clip import CLIP, ROWS, Clip, ClipScore, PickScore, cropped
-    from metrics.frechet import Frechet
+    from metrics import images as pixels
+    from metrics.clip import ROWS, Clip, ClipScore, PickScore
 
 PROMPTS = ["a lighthouse at dusk", "a boat", "a lighthouse at dusk", ""]
-LEVELS = 1.14 / 255
-"""How far resized pixels may lie from PIL's: see metrics.clip.cropped."""
 
 
 @pytest.fixture(scope="module")
@@ -55,16 +52,19 @@ def processed(processor: type, images: Tensor) -> Tensor:
     return processor(files, return_tensors="pt")["pixel_values"]  # type: ignore[operator]
 
 
-def test_scores_are_transformers(folder: Path, clip: Clip) -> None:
+@pytest.mark.parametrize("shape", [(IMAGE, IMAGE), (IMAGE, 47), (45, IMAGE), (64, 64), (20, 20), (37, 90), (101, 51), (1, 7)])
+def test_scores_are_transformers(clip: Clip, shape: tuple[int, int]) -> None:
     """The diagonal of CLIPModel's own logits, padded no further than the longest prompt; only PickScore has the scale."""
-    images = pictures(4)
+    images = pictures(4, *shape)
     tokens = clip.tokenizer(PROMPTS, padding=True, return_tensors="pt")
     with torch.no_grad():
-        expected = tiny_clip(0)(**tokens, pixel_values=processed(CLIPImageProcessor, images)).logits_per_image.diag().double()
+        expected = (
+            tiny_clip(0)(**tokens, pixel_values=processed(CLIPImageProcessorPil, images)).logits_per_image.diag().double()
+        )
     scale = clip.model.logit_scale.double().exp()
     assert scale > 10
     assert expected.std() > 0.1
-    pick, cosine = PickScore(folder)(images, PROMPTS), ClipScore(folder)(images, PROMPTS)
+    pick, cosine = PickScore(clip)(images, PROMPTS), ClipScore(clip)(images, PROMPTS)
     assert pick.dtype == cosine.dtype == torch.float64
     assert torch.allclose(pick, expected, rtol=0, atol=1e-5)
     assert torch.allclose(cosine, expected / scale, rtol=0, atol=1e-6)
@@ -74,44 +74,32 @@ def test_scores_are_transformers(folder: Path, clip: Clip) -> None:
 def test_the_scale_is_a_weight(copy: Path) -> None:
     weights = load_file(copy / "model.safetensors") | {"logit_scale": torch.tensor(0.5)}
     save_file(weights, copy / "model.safetensors", {"format": "pt"})
-    images = pictures(4)
-    assert torch.allclose(PickScore(copy)(images, PROMPTS), ClipScore(copy)(images, PROMPTS) * torch.tensor(0.5).exp().double())
+    clip, images = Clip(copy), pictures(4)
+    assert torch.allclose(PickScore(clip)(images, PROMPTS), ClipScore(clip)(images, PROMPTS) * torch.tensor(0.5).exp().double())
 
 
-@pytest.mark.parametrize("processor", [CLIPImageProcessor, CLIPImageProcessorPil])
-@pytest.mark.parametrize("shape", [(IMAGE, IMAGE), (IMAGE, 47), (45, IMAGE)])
-def test_images_of_the_models_size_are_only_cropped(clip: Clip, processor: type, shape: tuple[int, int]) -> None:
-    images = pictures(4, *shape)
-    expected: Any = clip.model.get_image_features(processed(processor, images))
-    assert torch.allclose(clip.image_features(images), expected.pooler_output, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("processor", [CLIPImageProcessor, CLIPImageProcessorPil])
-@pytest.mark.parametrize("shape", [(64, 64), (20, 20), (37, 90), (101, 51), (256, 256), (1, 7)])
-def test_other_images_are_resized_as_by_pil(clip: Clip, processor: type, shape: tuple[int, int]) -> None:
-    """Up to its rounding. Features turn by cosines of 5e-6 at most on these images; the tolerance is four times as much."""
+@pytest.mark.parametrize("shape", [(IMAGE, IMAGE), (IMAGE, 47), (64, 64), (20, 20), (37, 90), (101, 51), (256, 256), (1, 7)])
+def test_features_are_transformers(clip: Clip, shape: tuple[int, int]) -> None:
+    """Those of its processor that resizes by PIL; by the other one, which rounds otherwise, they turn by a small angle."""
     images = pictures(6, *shape)
-    pixels = processed(processor, images)
-    mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
-    assert (cropped(images, IMAGE) - (pixels * std + mean)).abs().max() <= LEVELS
-    expected: Any = clip.model.get_image_features(pixels)
-    cosines = torch.cosine_similarity(clip.image_features(images).double(), expected.pooler_output.double())
-    assert bool((cosines > 1 - 2e-5).all())
+    found = clip.image_features(images)
+    pil, other = (seen(clip, processed(processor, images)) for processor in (CLIPImageProcessorPil, CLIPImageProcessor))
+    assert torch.allclose(found, pil, rtol=0, atol=1e-6 * pil.norm(dim=-1).max().item())
+    assert bool((torch.cosine_similarity(found.double(), other.double()) > 1 - 2e-5).all())
 
 
-def test_resized_images_stay_in_range() -> None:
-    for shape in ((20, 20), (64, 48)):
-        images = cropped(pictures(4, *shape), IMAGE)
-        assert images.shape == (4, 3, IMAGE, IMAGE)
-        assert images.min() >= 0
-        assert images.max() <= 1
+def seen(clip: Clip, pixels: Tensor) -> Tensor:
+    """The model's features of pixels that a processor made."""
+    found: Any = clip.model.get_image_features(pixels)
+    return found.pooler_output
 
 
-def test_a_score_is_independent_of_its_batch(folder: Path) -> None:
-    images, prompts = pictures(7, 40, 50), [f"{i} boats" * (1 + i) for i in range(7)]
-    for scorer in (ClipScore(folder), PickScore(folder)):
+@pytest.mark.parametrize("count", [7, ROWS + 3])
+def test_a_score_is_independent_of_its_batch(clip: Clip, count: int) -> None:
+    images, prompts = pictures(count, 40, 50), [f"{i} boats" * (1 + i % 7) for i in range(count)]
+    for scorer in (ClipScore(clip), PickScore(clip)):
         together = scorer(images, prompts)
-        alone = torch.cat([scorer(images[i : i + 1], prompts[i : i + 1]) for i in range(7)])
+        alone = torch.cat([scorer(images[i : i + 1], prompts[i : i + 1]) for i in range(count)])
         assert torch.allclose(together, alone, rtol=1e-6, atol=1e-6)
         backwards = scorer(images.flip(0), prompts[::-1]).flip(0)
         assert torch.allclose(together, backwards, rtol=1e-6, atol=1e-6)
@@ -125,23 +113,47 @@ def test_long_prompts_are_cut(clip: Clip) -> None:
     assert not torch.allclose(found[0], found[2], atol=1e-3)
 
 
-def test_a_prompt_is_encoded_once_per_call(clip: Clip) -> None:
-    rows: list[int] = []
-    hook = clip.model.text_model.register_forward_hook(lambda module, arguments, output: rows.append(len(output.pooler_output)))
+def test_a_prompt_is_encoded_once(folder: Path) -> None:
+    clip, rows = Clip(folder), list[int]()
+    clip.model.text_model.register_forward_hook(lambda module, arguments, output: rows.append(len(output.pooler_output)))
     found = clip.text_features(PROMPTS)
-    hook.remove()
     assert rows == [3]
     assert found.shape == (4, PROJECTION)
     assert torch.equal(found[0], found[2])
     assert not torch.allclose(found[0], found[1], atol=1e-3)
+    assert torch.equal(clip.text_features([*PROMPTS, "a ship"])[:4], found)
+    assert rows == [3, 1]
+
+
+def test_metrics_share_a_pass_over_the_same_images(folder: Path) -> None:
+    clip, rows = Clip(folder), list[int]()
+    clip.model.vision_model.register_forward_hook(lambda module, arguments, output: rows.append(len(output.pooler_output)))
+    pick, score, images = PickScore(clip), ClipScore(clip), pictures(4)
+    scale = clip.model.logit_scale.double().exp()
+    assert torch.equal(pick(images, PROMPTS), scale * score(images, PROMPTS))
+    assert rows == [4]
+    before = score(images, PROMPTS)
+    images.mul_(0.5)
+    assert not torch.allclose(score(images, PROMPTS), before, atol=1e-3)
+    assert rows == [4, 4]
+
+
+def test_the_model_sees_few_images_at_once(folder: Path) -> None:
+    clip, rows = Clip(folder), list[int]()
+    clip.model.vision_model.register_forward_hook(lambda module, arguments, output: rows.append(len(output.pooler_output)))
+    clip.image_features(pictures(2 * ROWS + 3, 8, 8))
+    assert rows == [ROWS, ROWS, 3]
 
 
 @pytest.mark.parametrize("scorer", [ClipScore, PickScore])
 @pytest.mark.parametrize("shape", [(IMAGE, IMAGE), (24, 41), (70, 64)])
-def test_the_gradient_is_the_scores(folder: Path, scorer: Callable[[Path], Any], shape: tuple[int, int]) -> None:
-    """In float64: the derivative along a random direction is the central difference."""
-    score = scorer(folder)
-    score.clip.model.double()
+def test_the_gradient_is_the_scores(
+    folder: Path, scorer: Callable[[Clip], Any], shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float64, where nothing is rounded: the derivative along a random direction is the central difference."""
+    monkeypatch.setattr(pixels, "rounded", lambda x: x)
+    monkeypatch.setattr(pixels, "_rounded_and_clipped", lambda sums: (sums / pixels.UNIT).clamp(0, 255))
+    score = scorer(Clip(folder, dtype=torch.float64))
     generator = torch.Generator().manual_seed(0)
     images = 0.2 + 0.6 * torch.rand(2, 3, *shape, generator=generator, dtype=torch.float64)
     direction = torch.randn(images.shape, generator=generator, dtype=torch.float64)
@@ -153,17 +165,36 @@ def test_the_gradient_is_the_scores(folder: Path, scorer: Callable[[Path], Any],
     assert bool((gradient.abs().sum((1, 2, 3)) > 0).all())
 
 
+@pytest.mark.parametrize("shape", [(IMAGE, IMAGE), (70, 64)])
+def test_rounding_does_not_stop_gradients(clip: Clip, shape: tuple[int, int]) -> None:
+    """A step along them raises the score of images of 8 bits."""
+    images, score = (0.3 + 0.4 * pictures(2, *shape)).requires_grad_(), ClipScore(clip)
+    before = score(images, ["a", "boat"])
+    (gradient,) = torch.autograd.grad(before.sum(), images)
+    after = score(images + 0.02 * gradient / gradient.abs().amax((1, 2, 3), keepdim=True), ["a", "boat"])
+    assert bool((after > before).all())
+
+
 def test_the_model_is_frozen(clip: Clip) -> None:
     assert not clip.model.training
     assert not any(parameter.requires_grad for parameter in clip.model.parameters())
     assert not clip.similarity(pictures(1), ["a boat"]).requires_grad
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
-def test_images_are_moved_to_the_models_dtype(folder: Path, dtype: torch.dtype) -> None:
-    clip, images = Clip(folder, torch.device("cpu")), pictures(2).to(dtype)
-    assert clip.model.dtype == torch.float32
-    assert torch.equal(clip.image_features(images), clip.image_features(images.float()))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.uint8])
+def test_images_of_any_type_are_scored_alike(clip: Clip, dtype: torch.dtype) -> None:
+    images = pictures(2, 40, 50)
+    same = (255 * images).round().byte() if dtype == torch.uint8 else images.to(dtype)
+    assert torch.equal(clip.image_features(same), clip.image_features(images))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float16, 3e-3), (torch.bfloat16, 2e-2)])
+def test_weights_have_the_dtype_that_is_asked_for(folder: Path, clip: Clip, dtype: torch.dtype, tolerance: float) -> None:
+    other, images = Clip(folder, torch.device("cpu"), dtype), pictures(4)
+    found = other.similarity(images, PROMPTS)
+    assert {parameter.dtype for parameter in other.model.parameters()} == {dtype}
+    assert found.dtype == torch.float64
+    assert torch.allclose(found, clip.similarity(images, PROMPTS), rtol=0, atol=tolerance)
 
 
 def test_half_weights_are_raised_to_float32(copy: Path) -> None:
@@ -171,16 +202,6 @@ def test_half_weights_are_raised_to_float32(copy: Path) -> None:
     save_file(weights, copy / "model.safetensors", {"format": "pt"})
     change(copy / "config.json", dtype="float16")
     assert all(parameter.dtype == torch.float32 for parameter in Clip(copy).model.parameters())
-
-
-def test_the_extractor_gives_features_of_eight_bits(folder: Path, clip: Clip) -> None:
-    images = torch.rand(ROWS + 6, 3, 40, 50, generator=torch.Generator().manual_seed(0))  # more than one call of the model
-    frechet = Frechet(CLIP, folder)
-    found = frechet.features(images)
-    assert found.shape == (ROWS + 6, PROJECTION)
-    assert found.dtype == torch.float64
-    assert torch.allclose(found, clip.image_features((images * 255).round() / 255).double(), rtol=0, atol=1e-5)
-    assert len(list(frechet.extractor.parameters())) == len(list(clip.model.parameters()))  # .cuda() reaches them
 
 
 @pytest.mark.parametrize(
@@ -195,7 +216,7 @@ def test_the_extractor_gives_features_of_eight_bits(folder: Path, clip: Clip) ->
         (torch.full((2, 3, IMAGE, IMAGE), torch.inf), "NaN or infinite"),
         (torch.full((2, 3, IMAGE, IMAGE), 1.002), "from 1.002 to 1.002; valid: from 0 to 1"),
         (torch.full((2, 3, IMAGE, IMAGE), -0.002), "from -0.002 to -0.002; valid: from 0 to 1"),
-        (torch.full((2, 3, IMAGE, IMAGE), 255, dtype=torch.uint8), "valid: from 0 to 1"),
+        (torch.full((2, 3, IMAGE, IMAGE), 255), "valid: from 0 to 1"),
     ],
 )
 def test_what_is_no_batch_of_images_is_refused(clip: Clip, images: Tensor, message: str) -> None:
@@ -206,14 +227,14 @@ def test_what_is_no_batch_of_images_is_refused(clip: Clip, images: Tensor, messa
 
 def test_rounding_outside_the_range_is_not_refused(clip: Clip) -> None:
     images = pictures(2)
-    assert torch.allclose(clip.image_features(images * 1.001 - 0.0005), clip.image_features(images), atol=0.05)
+    assert torch.equal(clip.image_features(images * 1.001 - 0.0005), clip.image_features(images))
 
 
 @pytest.mark.parametrize("scorer", [ClipScore, PickScore])
-def test_prompts_have_to_be_as_many_as_images(folder: Path, scorer: Callable[[Path], Any]) -> None:
+def test_prompts_have_to_be_as_many_as_images(clip: Clip, scorer: Callable[[Clip], Any]) -> None:
     for prompts in ([], ["a boat"], ["a boat"] * 3):
         with pytest.raises(ValueError, match=rf"prompts: {len(prompts)} for images \(2, 3, 32, 32\)"):
-            scorer(folder)(pictures(2), prompts)
+            scorer(clip)(pictures(2), prompts)
 
 
 def test_no_prompt_is_refused(clip: Clip) -> None:
@@ -234,8 +255,10 @@ def test_weights_of_another_model_are_refused(copy: Path, edit: Callable[[dict[s
     weights = load_file(copy / "model.safetensors")
     edit(weights)
     save_file(weights, copy / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=rf"model.safetensors: .*{message}"):
-        Clip(copy)
+    clip = Clip(copy)
+    for use in (clip.load, ClipScore(clip).load, PickScore(clip).load, lambda: clip.similarity(pictures(1), [""])):
+        with pytest.raises(ValueError, match=rf"model.safetensors: .*{message}"):
+            use()
 
 
 def test_position_ids_of_old_versions_are_ignored(copy: Path, clip: Clip) -> None:
@@ -267,7 +290,7 @@ def test_old_configurations_end_prompts_with_the_largest_token(copy: Path, clip:
 def test_another_configuration_is_refused(copy: Path, section: str | None, values: dict[str, Any], message: str) -> None:
     change(copy / "config.json", section, **values)
     with pytest.raises(ValueError, match=f"(?s){message}"):
-        Clip(copy)
+        Clip(copy).load()
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
@@ -276,7 +299,16 @@ def test_a_truncated_file_is_refused(copy: Path, name: str, kept: float) -> None
     whole = (copy / name).read_bytes()
     (copy / name).write_bytes(whole[: int(kept * len(whole))])
     with pytest.raises(ValueError, match=str(copy)):
-        Clip(copy)
+        Clip(copy).load()
+
+
+def test_weights_are_read_when_needed(copy: Path, clip: Clip) -> None:
+    late = ClipScore(Clip(copy))
+    assert not {"model", "tokenizer"} & vars(late.clip).keys()
+    late.load()
+    for file in copy.iterdir():
+        file.unlink()
+    assert torch.equal(late(pictures(4), PROMPTS), ClipScore(clip)(pictures(4), PROMPTS))
 
 
 @pytest.mark.parametrize(

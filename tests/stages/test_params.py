@@ -38,7 +38,7 @@ def composed(*overrides: str) -> dict[str, Any]:
 def concatenated(read: Callable[[str], str]) -> str:
     """What `make params` writes."""
     common = re.sub(r"(?ms)^defaults:.*?^\n", "", read("conf/config.yaml"))
-    names = ("family/epd", "backbone/digits", "rdpo/shared")
+    names = ("family/epd", "backbone/digits", "metrics/digits", "rdpo/shared")
     groups = [re.sub(r"(?ms)^# @package.*?^\n", "", read(f"conf/{name}.yaml")) for name in names]
     return "\n".join([common, *groups])
 
@@ -133,10 +133,15 @@ def put(path: str, value: object) -> Callable[[dict[str, Any]], None]:
     return change
 
 
-def of(backbone: str, change: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], None]:
+def same_weights(params: dict[str, Any]) -> None:
+    params["metrics"]["weights"]["pick_score"] = params["metrics"]["weights"]["hps"]
+
+
+def of(backbone: str, *changes: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], None]:
     def replace(params: dict[str, Any]) -> None:
         mine = composed(f"backbone={backbone}")
-        change(mine)
+        for change in changes:
+            change(mine)
         params.clear()
         params |= mine
 
@@ -219,7 +224,33 @@ def of(backbone: str, change: Callable[[dict[str, Any]], None]) -> Callable[[dic
             put("metrics.features", "log_probability"),
             "params.yaml: metrics.features: found 'log_probability'; valid: 'accuracy'",
         ),
-        (of("sd15", put("metrics.features", "pick_score")), "metrics: features: found pick_score, which is the reward; valid"),
+        (
+            of("sd15", put("metrics.reward", {"hps": 0.5, "clip_score": 0.5}), put("metrics.judges", ["mps"])),
+            "metrics: features: found clip_l14, of which clip_l14 is what the reward's clip_score is made of, too; valid: what sha",
+        ),
+        (
+            of(
+                "sd15",
+                put("metrics.reward", {"aesthetic": 1.0}),
+                put("metrics.judges", ["mps", "clip_score"]),
+                put("metrics.features", "inception"),
+            ),
+            "metrics: judges: found clip_score, of which clip_l14 is what the reward's aesthetic is made of, too; valid: what sha",
+        ),
+        (of("sd15", same_weights), "metrics: weights: found the reward's, hps, for pick_score; valid: weights of its own"),
+        (of("sd15", put("metrics.features", "inception")), "sample.seeds: found 1000 images; valid: 2048 or more, for metri"),
+        (of("sd15", put("metrics.judges", ["mps", "mps"])), "metrics: judges: found mps twice; valid: each once"),
+        (put("metrics.reward", {"log_probability": 0.0}), "metrics: reward: found {'log_probability': 0.0}; valid: a weight abo"),
+        (put("metrics.reward", {"log_probability": -1.0}), "metrics.reward.log_probability: found -1.0; valid: greater than or"),
+        (of("sd15", put("metrics.reward", {"hpsv3": 1.0})), "valid: 'log_probability' or 'accuracy'"),
+        (put("report.base", "eular"), "report.base: found 'eular'; valid: distilled, dpm_solver_2,"),
+        (put("evaluate.ranges", 3), "evaluate.ranges: found 3 for 4096 images; valid: what divides them"),
+        (of("sd15", put("refs.source", "folder")), "refs: path: found None; valid: where the folder is"),
+        (of("sd15", put("refs.path", "images")), "path: found 'images'; valid: null, for the model's own images"),
+        (
+            of("sd15", put("refs.source", "zip"), put("refs.path", "coco.zip"), put("refs.split", "test")),
+            "split: found {'split': 'test'}; valid: null, for zip",
+        ),
         (put("guidance_scale", -0.5), "params.yaml: guidance_scale: found -0.5; valid: greater than or equal to 0"),
         (put("sample.seeds", "0-3,2"), "params.yaml: sample.seeds: found 2 twice in '0-3,2'; valid: as 0-63,100"),
         (put("sample.seeds", "5"), "params.yaml: sample.seeds: found '5', one image; valid: two or more"),
@@ -231,8 +262,8 @@ def of(backbone: str, change: Callable[[dict[str, Any]], None]) -> Callable[[dic
         ),
         (put("metrics.judges", []), "params.yaml: metrics.judges: found []; valid: List should have at least 1 item"),
         (
-            put("metrics.reward", "clip_score"),
-            "metrics: weights: found those of []; valid: of the metrics named, ['clip_score']",
+            put("metrics.reward", {"clip_score": 1.0}),
+            "metrics: weights: found those of nothing; valid: also of clip_l14, which is in use",
         ),
         (
             put("schedule", {"name": "discrete", "rho": 1.0}),
@@ -324,7 +355,11 @@ def test_a_backbone_has_what_was_published_for_it(backbone: str, tmp_path: Path)
     rollouts, concentration = {"sd15": (8, 20.0), "sd3_512": (16, 10.0)}.get(backbone, (8, 10.0))
     assert (params.rdpo.groups * params.rdpo.tables, params.rdpo.concentration) == (rollouts, concentration)
     assert (params.rdpo.group, params.rdpo.tables, params.rdpo.learning_rate) == ("mixed", 4, 7e-5)
-    assert params.metrics.reward not in params.metrics.judges
+    assert params.metrics.rewarded == {"hps": 1.0}, "as published"
+    assert params.metrics.judges == ["pick_score", "image_reward", "clip_score", "aesthetic", "mps"]
+    hub = [where for where in params.metrics.weights.values() if where.source == "hub"]
+    assert all(where.revision for where in hub)
+    assert all(where.sha256 for name, where in params.metrics.weights.items() if where not in hub and name != "mps")
 
 
 def test_the_dead_id_is_nowhere() -> None:

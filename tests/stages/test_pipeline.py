@@ -1,4 +1,5 @@
 import csv
+import hashlib
 import json
 import os
 import shutil
@@ -7,12 +8,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pyarrow import parquet
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
@@ -30,12 +33,15 @@ def test_the_report_has_a_row_for_every_sampler(finished: Path) -> None:
     assert list(rows) == SAMPLERS
     cost = {name: (int(row[1]), float(row[2])) for name, row in rows.items()}
     assert cost == {"reference": (8, 8), "euler": (5, 5), "heun": (5, 5), "distilled": (5, 8), "rdpo": (5, 8)}
-    assert all("±" in cell for cell in rows["euler"][3:8])
-    assert "[" in rows["euler"][8]
-    assert "n = 100 test samples" in "\n".join(lines)
+    assert all("±" in cell for cell in rows["euler"][3:])
+    head = ["FD-100", "FD to reference", "1000 KID", "precision", "recall", "RMSE", "log_probability (reward)", "accuracy"]
+    assert [cell.strip() for cell in lines[0].strip("|").split("|")][3:] == [*head, "brightness", "saturation"]
+    assert "n: 100 test samples" in "\n".join(lines)
+    pairs = [line for line in lines if line.startswith("| log_probability (reward)")]
+    assert [line.split("|")[2].strip() for line in pairs] == ["reference", "euler", "heun", "rdpo"]
     page = (finished / "results/report.html").read_text()
-    assert page.count("data:image/png;base64,") == len(SAMPLERS)
-    assert page.count("data:image/svg+xml;base64,") == 2
+    assert page.count("data:image/png;base64,") == 20 * len(SAMPLERS)
+    assert page.count("data:image/svg+xml;base64,") >= 5
     assert "http://" not in page
     assert "https://" not in page
 
@@ -44,12 +50,48 @@ def test_results_are_what_the_scores_say(finished: Path) -> None:
     states = {name: load_file(finished / f"data/samples/{name}.safetensors")["states"] for name in SAMPLERS}
     for name in SAMPLERS:
         result = json.loads((finished / f"results/{name}.json").read_text())
-        scores = load_file(finished / f"data/scores/{name}.safetensors")
+        scores = parquet.read_table(finished / f"data/scores/{name}.parquet").to_pandas()
         rmse = (states[name] - states["reference"]).square().mean().sqrt()
         assert result["rmse"] == pytest.approx(rmse.item())
-        assert result["reward"] == pytest.approx(scores["reward"].mean().item())
-        assert result["accuracy"] == pytest.approx(scores["accuracy"].mean().item())
-        assert result["n"] == len(scores["reward"]) == 100
+        for key in ("reward", "log_probability", "accuracy", "brightness", "saturation"):
+            assert result[key] == pytest.approx(scores[key].mean())
+            assert result[f"{key}_se"] == pytest.approx(scores[key].std() / 10)
+        assert result["rmse"] == pytest.approx(scores["squared_error"].mean() ** 0.5)
+        assert scores["sample"].tolist() == list(range(100))
+        assert scores["prompt"].tolist() == list("0123456789") * 10
+        assert result["n"] == 100
+
+
+def test_results_say_how_they_were_measured(finished: Path) -> None:
+    result = json.loads((finished / "results/euler.json").read_text())
+    (protocol,) = result["protocol"]
+    known = {"label": "FD-100", "extractor": "digits-judge", "n": 100, "seeds": "0-99", "ranges": 1, "dtype": "float32"}
+    assert {key: protocol[key] for key in known} == known
+    assert protocol["tool"] == f"torch-fidelity {version('torch-fidelity')}"
+    assert protocol["reference"]["images"] == 1797 - 360
+    assert protocol["reference"]["statistics_sha256"] == hashlib.sha256((finished / "data/refs.npz").read_bytes()).hexdigest()
+    assert protocol["distances"] == [result["frechet_distance"]]
+    own = json.loads((finished / "models/backbone/backbone.json").read_text())["sha256"]
+    assert [(m["name"], m["in_reward"], m["weight"]) for m in result["metrics"]] == [
+        ("log_probability", True, 1.0),
+        ("accuracy", False, 0.0),
+    ]
+    assert all(metric["models"][0]["sha256"] == own and metric["scale"] and metric["range"] for metric in result["metrics"])
+
+
+def test_three_ranges_report_the_lowest(upstream: Path, workspace: Workspace) -> None:
+    """As EDM's protocol has it."""
+    params = small()
+    params["sample"]["seeds"], params["evaluate"]["ranges"] = "0-98", 3
+    workspace(params)
+    for sampler in ("reference", "euler"):
+        run("sample", [sampler])
+    run("evaluate", ["euler"])
+    found = json.loads(Path("results/euler.json").read_text())
+    (protocol,) = found["protocol"]
+    assert (protocol["label"], protocol["n"], protocol["ranges"], len(set(protocol["distances"]))) == ("FD-33", 33, 3, 3)
+    assert found["frechet_distance"] == min(protocol["distances"])
+    assert found["n"] == 99
 
 
 def test_rdpo_never_deploys_a_worse_distance(finished: Path) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributions import Dirichlet, LogNormal
 
 from backends import Gaussian
+from metrics.mixture import Mixture, Part
 from solvers import EPD, SOLVERS, Backbone, Multistep, Policy, Predictor, Spread, flowmatch, logsnr, polynomial
 from solvers.policy import Drawable
 from stages.draws import at_quantiles, drawn, numbers_of
@@ -52,7 +53,12 @@ def rollouts_of(
 ) -> Rollouts:
     table, sigmas = table_of(family)
     predictor = Predictor(table, sigmas, False, Backbone("mixture", None, "none"), guidance_scale, {})
-    return Rollouts(frozen_of(backend), reward, predictor, 0, batch_size)
+    return Rollouts(frozen_of(backend), mixed(reward), predictor, 0, batch_size)
+
+
+def mixed(reward: Any) -> Mixture:
+    """A reward of one part."""
+    return Mixture({"reward": Part(reward)})
 
 
 def policy_of(rollouts: Rollouts, spread: Spread | None = None) -> Policy:
@@ -204,7 +210,7 @@ def test_rewards_are_computed_while_the_next_part_is_sampled(mixture: Gaussian) 
             return super().images(*args, **kwargs)
 
     plain = rollouts_of(mixture)
-    rollouts = Watched(frozen_of(mixture), reward, plain.distilled, 0, 4)
+    rollouts = Watched(frozen_of(mixture), mixed(reward), plain.distilled, 0, 4)
     policy = policy_of(rollouts)
     rollouts.batch(policy, policy.draw(np.random.default_rng(0), 8), 0, 2, 4, "shared", slice(None))
     assert waited == [True]
@@ -264,7 +270,7 @@ def test_text_to_image_models_encode_a_prompt_once_and_get_no_gradient(family: s
     guidance_scale = 1.0 if family == "flux" else 3.0
     sigmas = logsnr(4, 0.03, 14.6) if family == "sd15" else flowmatch(4, 0.01, 1.0, 3.0)
     table, model = EPD(4, 2, 0.0, 0.0).requires_grad_(False).table(), Backbone(family, None, "none")
-    rollouts = Rollouts(frozen_of(backend), nearer_half, Predictor(table, sigmas, False, model, guidance_scale, {}), 0, 64)
+    rollouts = Rollouts(frozen_of(backend), mixed(nearer_half), Predictor(table, sigmas, False, model, guidance_scale, {}), 0, 64)
     policy = Policy(table, Spread(50.0), 16, 1)
     batch = rollouts.batch(policy, policy.draw(np.random.default_rng(0), 8), 0, 2, 4, "shared", slice(None))
     assert batch.rewards.std() > 0

@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from pyarrow import parquet
 from safetensors.torch import load_file
 
 with warnings.catch_warnings():  # of diffusers' and transformers' own imports
     warnings.simplefilter("ignore")
     from tiny import TINY, saved
-    from tiny_clip import saved_clip
+    from tiny_metrics import saved_metrics
 
 from solvers import load_predictor
 from stages import weights
@@ -30,6 +31,8 @@ from .conftest import ROOT, hashes, run
 from .test_params import composed
 
 SEEDS = "0-8,20"
+WATCHED = ["brightness", "saturation"]
+METRICS = ["hps", "pick_score", "image_reward", "clip_score", "aesthetic", "mps"]
 
 
 def params_of(family: str, models: Path) -> dict[str, Any]:
@@ -51,13 +54,11 @@ def params_of(family: str, models: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny pipeline of each family, and two tiny CLIP models."""
+    """A tiny pipeline of each family, and the six metrics' models."""
     folder = tmp_path_factory.mktemp("models")
     for name, make in TINY.items():
         saved(make(), folder / name)
-    for seed, name in enumerate(("clip_score", "pick_score")):
-        saved_clip(folder / name, seed)
-    return folder
+    return saved_metrics(folder)
 
 
 @pytest.fixture(scope="module")
@@ -122,17 +123,16 @@ def states(folder: Path, sampler: str) -> dict[str, torch.Tensor]:
 def test_every_stage_runs_on_the_tiny_sd3(done: Path, store: Path) -> None:
     lines = (done / "results/report.md").read_text().splitlines()
     rows = {cells[0]: cells for cells in ([c.strip() for c in line.strip("|").split("|")] for line in lines[2:5])}
-    names = ["sampler", "serial", "total", "FD", "FD to reference", "RMSE", "clip_score", "reward", "reward - distilled"]
-    assert [cell.strip() for cell in lines[0].strip("|").split("|")] == names
+    names = ["FD-10", "FD to reference", "1000 KID", "precision", "recall", "RMSE", "hps (reward)", *METRICS[1:], *WATCHED]
+    assert [cell.strip() for cell in lines[0].strip("|").split("|")] == ["sampler", "serial", "total", *names]
     cost = {name: (int(row[1]), float(row[2])) for name, row in rows.items()}
     assert cost == {"reference": (6, 12), "distilled": (6, 18), "rdpo": (6, 18)}, "guidance doubles the rows"
     page = (done / "results/report.html").read_text()
-    assert page.count("data:image/png;base64,") == len(SAMPLERS)
+    assert page.count("data:image/png;base64,") == 8 * len(SAMPLERS)
     record = json.loads((done / "models/backbone/backbone.json").read_text())
     assert {name: where["sha256"] for name, where in record["weights"].items()}.keys() == {
         "pipeline",
-        "clip_score",
-        "pick_score",
+        *("hps", "pick_score", "image_reward", "bert", "clip_l14", "aesthetic", "mps", "clip_h14"),
     }
     assert all((store / where["sha256"]).is_dir() for where in record["weights"].values())
     made_for = load_predictor(done / "models/rdpo").backbone
@@ -286,8 +286,10 @@ def test_an_evaluation_goes_on_with_another_batch_size(
     change(evaluate__batch_size=3, evaluate__pictures=2)
     run("evaluate", ["distilled"])
     assert made[2:] == [3, 3], "what was done was not done again"
-    found, expected = (load_file(folder / "data/scores/distilled.safetensors")["reward"] for folder in (Path(), done))
-    assert torch.allclose(found, expected, atol=1e-5)
+    found, expected = (parquet.read_table(folder / "data/scores/distilled.parquet").to_pydict() for folder in (Path(), done))
+    assert found["prompt"] == expected["prompt"]
+    for name in METRICS:
+        assert found[name] == pytest.approx(expected[name], abs=1e-4), name
 
 
 def test_out_of_memory_says_what_to_lower_and_keeps_what_is_done(

@@ -7,23 +7,30 @@ import re
 import struct
 import sys
 import time
+import warnings
+import zipfile
 from collections.abc import Callable
+from copy import copy
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+from torch import Tensor, nn
 
-from stages import unpickle
-from stages.unpickle import Inert, Name, RefusedError, read_pickle
+import unpickle
+from unpickle import Inert, Name, RefusedError, read_module, read_pickle
 
-from .published import PARAMETERS, SETTINGS, dumps, look_alike, loss, model, parameters, with_inside
+from .stages.published import PARAMETERS, SETTINGS, dumps, look_alike, loss, model, parameters, with_inside
 
 PROTOCOLS = range(6)
 MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(1001, 2)
 SYSTEM = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
 
-Refuses = Callable[[bytes, str], None]
+Refuses = Callable[..., None]
+Reads = Callable[[bytes], dict[str, Tensor]]
 
 
 def put(value: Any) -> bytes:
@@ -82,9 +89,9 @@ def canary(tmp_path: Path) -> Path:
 def refuses(canary: Path, monkeypatch: pytest.MonkeyPatch) -> Refuses:
     """Assert that a pickle is refused with a message, and that nothing is imported or made of it, within a second or two."""
 
-    def refuse(data: bytes, message: str) -> None:
+    def refuse(data: bytes, message: str, read: Callable[[bytes], Any] = read_pickle) -> None:
         imported: list[str] = []
-        for codec in ("ascii", "latin-1", "utf-8", "raw-unicode-escape"):
+        for codec in ("ascii", "latin-1", "utf-8", "raw-unicode-escape", "cp437"):
             "".encode(codec)  # imports it
         importer, by_name = builtins.__import__, importlib.import_module
         known, started = set(sys.modules), time.process_time()
@@ -92,7 +99,7 @@ def refuses(canary: Path, monkeypatch: pytest.MonkeyPatch) -> Refuses:
             patch.setattr(importlib, "import_module", lambda name, *a: (imported.append(name), by_name(name, *a))[1])
             patch.setattr(builtins, "__import__", lambda name, *a, **k: (imported.append(name), importer(name, *a, **k))[1])
             try:
-                error = read_pickle(data)
+                error = read(data)
             except RefusedError as refused:
                 error = refused
         assert isinstance(error, RefusedError)
@@ -173,7 +180,7 @@ CALLS: list[tuple[str, str, tuple[Any, ...]]] = [
     ("torch_utils.persistence", "import_hook", ("CANARY",)),
     ("solvers", "load_predictor", ("CANARY",)),
     ("solvers", "epd_sampler.__globals__", ()),
-    ("stages.unpickle", "FUNCTIONS", ()),
+    ("unpickle", "FUNCTIONS", ()),
     ("", "", ()),
     ("torch", "", ()),
     (".collections", "OrderedDict", ()),
@@ -688,3 +695,408 @@ def test_the_bytes_of_a_storage_are_those_that_torch_writes() -> None:
     data = stream.getvalue()
     assert data.startswith(MAGIC)
     assert data.endswith(struct.pack("<q", 6) + value.numpy().tobytes())
+
+
+@pytest.fixture
+def read(tmp_path: Path) -> Reads:
+    """The state dict of the module in a file's bytes."""
+
+    def read(data: bytes) -> dict[str, Tensor]:
+        (tmp_path / "module.pth").write_bytes(data)
+        return read_module(tmp_path / "module.pth")
+
+    return read
+
+
+def saved(value: Any, protocol: int = 2, **modules: dict[str, Any]) -> bytes:
+    """What torch.save writes; classes are found in modules (their points written __) that exist only meanwhile."""
+    made = {name.replace("__", "."): ModuleType(name) for name in modules}
+    for module, contents in zip(made.values(), modules.values(), strict=True):
+        vars(module).update(contents)
+    stream = io.BytesIO()
+    with patch.dict(sys.modules, made):
+        torch.save(value, stream, pickle_protocol=protocol)
+    return stream.getvalue()
+
+
+def kind(module: str, attribute: str, base: type = object) -> type:
+    """A class that a pickle writes as module.attribute."""
+    return type(attribute, (base,), {"__module__": module})
+
+
+def made(of: type, **attributes: Any) -> Any:
+    value = of()
+    vars(value).update(attributes)
+    return value
+
+
+class Tower(nn.Module):
+    """Whatever a state dict may and may not hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.ModuleList(
+            [nn.Sequential(nn.Conv2d(3, 4, 2), nn.BatchNorm2d(4), nn.GELU()), nn.Linear(4, 4, bias=False)]
+        )
+        self.tied = nn.Linear(4, 4)
+        self.tied.weight = self.body[1].weight  # type: ignore[assignment]
+        self.scale = nn.Parameter(torch.tensor(2.5))
+        self.turned = nn.Parameter(torch.randn(5, 3).T)
+        self.part = nn.Parameter(torch.randn(6, 6)[1:4, ::2])
+        self.none = nn.Parameter(torch.empty(0, 3))
+        self.absent = None
+        self.register_parameter("nothing", None)
+        self.register_buffer("missing", None)
+        self.register_buffer("mask", torch.tensor([True, False]))
+        self.register_buffer("levels", torch.arange(256, dtype=torch.uint8))
+        self.register_buffer("brain", torch.randn(3, dtype=torch.bfloat16))
+        self.register_buffer("forgotten", torch.ones(3), persistent=False)
+        self.register_module("gone", None)
+        self.other = torch.ones(3)
+
+
+def equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert list(found) == list(expected)
+    for name, value in expected.items():
+        assert type(found[name]) is Tensor
+        assert found[name].dtype == value.dtype
+        assert torch.equal(found[name], value)
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_a_module_is_read_as_its_state_dict(protocol: int, dtype: torch.dtype, read: Reads) -> None:
+    torch.manual_seed(0)
+    top = kind("trainer.models.clip_model", "Tower", Tower)
+    tower = top().to(dtype)
+    tower.scale.note = "kept with the parameter"  # type: ignore[attr-defined]
+    tower.mask.note = "kept with the tensor"  # type: ignore[attr-defined]
+    data = saved(tower, protocol, trainer={}, trainer__models={}, trainer__models__clip_model={"Tower": top})
+    assert "trainer" not in sys.modules
+    found = read(data)
+    assert "trainer" not in sys.modules
+    equal(found, tower.state_dict())
+    assert found["tied.weight"].data_ptr() == found["body.1.weight"].data_ptr()
+    found["scale"].zero_()  # nothing of the file, nor of the module
+    equal(read(data), tower.state_dict())
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_what_old_transformers_put_into_a_module_is_passed_over(protocol: int, read: Reads) -> None:
+    clip, activations = "transformers.models.clip.configuration_clip", "transformers.activations"
+    generation = "transformers.generation.configuration_utils"
+    configs = {name: kind(clip, name) for name in ("CLIPConfig", "CLIPTextConfig", "CLIPVisionConfig")}
+    functions = {name: kind(activations, name, nn.Module) for name in ("QuickGELUActivation", "GELUActivation")}
+    later = {"GenerationConfig": kind(generation, "GenerationConfig")}
+    tops = {name: kind("trainer.models.clip_model", name, nn.Module) for name in ("CLIPModel", "XCLIPModel")}
+    plain = {
+        "return_dict": True,
+        "torch_dtype": torch.float16,
+        "pruned_heads": {},
+        "id2label": {0: "LABEL_0", 1: "LABEL_1"},
+        "label2id": {"LABEL_0": 0},
+        "architectures": ["CLIPModel"],
+        "problem_type": None,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-5,
+        "_commit_hash": None,
+        "transformers_version": "4.27.3",
+    }
+    text, vision = (made(configs[name], **plain) for name in ("CLIPTextConfig", "CLIPVisionConfig"))
+    model, inner = tops["CLIPModel"](), tops["XCLIPModel"]()
+    model.model = inner
+    inner.config = made(configs["CLIPConfig"], **plain, text_config=text, vision_config=vision, projection_dim=4)
+    inner.generation_config = made(later["GenerationConfig"], max_length=20, _from_model_config=True, dtype=torch.bfloat16)
+    inner.warnings_issued, inner.kept, inner.turns = {}, {"a", "b"}, {1, 2}
+    inner.act, inner.quick = (functions[name]() for name in ("GELUActivation", "QuickGELUActivation"))
+    inner.act.act, inner.silu = nn.functional.gelu, nn.functional.silu
+    inner.linear = nn.Linear(3, 4).half()
+    inner.register_buffer("position_ids", torch.arange(7)[None])
+    data = saved(
+        model,
+        protocol,
+        trainer={},
+        trainer__models={},
+        trainer__models__clip_model=tops,
+        transformers={},
+        transformers__activations=functions,
+        transformers__models={},
+        transformers__models__clip={},
+        transformers__models__clip__configuration_clip=configs,
+        transformers__generation={},
+        transformers__generation__configuration_utils=later,
+    )
+    equal(read(data), model.state_dict())
+
+
+def archive(pickled: bytes, folder: str = "archive", **entries: bytes) -> bytes:
+    """A file as torch.save writes it, by hand: its pickle, and its other entries (points written __)."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as opened:
+        opened.writestr(f"{folder}/data.pkl", pickled)
+        for entry, data in entries.items():
+            opened.writestr(f"{folder}/{entry.replace('__', '/')}", data)
+        opened.writestr(f"{folder}/version", b"3\n")
+    return stream.getvalue()
+
+
+def module(parameters: bytes = b"}", buffers: bytes = b"}", modules: bytes = b"}", extra: bytes = b"N") -> bytes:
+    """The opcodes of a module, and of one attribute of it."""
+    parts = {"_parameters": parameters, "_buffers": buffers, "_modules": modules, "extra": extra}
+    state = b"".join(text(part) + code for part, code in parts.items())
+    return name("trainer.models.clip_model", "CLIPModel") + b")\x81}(" + state + b"ub"
+
+
+def entries(**values: bytes) -> bytes:
+    """The opcodes of a dictionary."""
+    return b"}(" + b"".join(text(key) + code for key, code in values.items()) + b"u"
+
+
+def stored(key: Any = "0", kind: bytes = b"ctorch\nFloatStorage\n", elements: Any = 6, view: bytes = b"") -> bytes:
+    """The opcodes of a reference to a storage."""
+    return b"(" + text("storage") + kind + put(key) + put("cuda:0") + put(elements) + view + b"tQ"
+
+
+SIX = torch.arange(6.0).numpy().tobytes()
+WEIGHT = entries(weight=tensor(of=stored()))
+
+
+def test_a_module_by_hand_is_read(read: Reads) -> None:
+    inner = module(WEIGHT, entries(state=tensor((2,), (1,), 4, of=stored())))
+    data = archive(whole(module(WEIGHT, modules=entries(a=inner, b=b"N"))), data__0=SIX, byteorder=b"little")
+    found = read(data)
+    expected = torch.arange(6.0).view(3, 2)
+    equal(found, {"weight": expected, "a.weight": expected, "a.state": torch.tensor([4.0, 5.0])})
+
+
+@pytest.mark.parametrize(("module_of", "attribute", "arguments"), CALLS, ids=[f"{m}.{a}" for m, a, _ in CALLS])
+def test_a_module_calls_nothing_unlisted(
+    module_of: str, attribute: str, arguments: tuple[Any, ...], canary: Path, refuses: Refuses, read: Reads
+) -> None:
+    """What lies in a package that may be named is named, and no more."""
+    for protocol in (2, 4):
+        payload = name(module_of, attribute, protocol) + put(placed(arguments, canary)) + b"R"
+        path = re.escape(f"{module_of}.{attribute}")
+        for pickled in inside_a_module(payload):
+            refuses(archive(pickled, data__0=SIX), f"('{path}'|a call of {path}); valid: ", read)
+
+
+def inside_a_module(payload: bytes) -> list[bytes]:
+    """The pickles that have opcodes alone, as a module's attribute, and as its parameter."""
+    return [whole(payload), whole(module(WEIGHT, extra=payload)), whole(module(entries(weight=payload)))]
+
+
+SET = name("builtins", "set")
+
+HOSTILE: dict[str, tuple[bytes, str]] = {
+    "GLOBAL": (b"cposix\nsystem\n" + put(("true",)) + b"R", "GLOBAL: 'posix.system'"),
+    "INST": (b"(" + put("true") + b"ios\nsystem\n", "opcode INST"),
+    "INST of a class": (b"(itorch.nn\nLinear\n", "opcode INST"),
+    "OBJ": (b"(" + name("torch.nn", "Linear") + put("true") + b"o", "opcode OBJ"),
+    "EXT1": (b"\x82\x01", "opcode EXT1"),
+    "NEWOBJ_EX": (name("torch.nn", "Linear") + b")}\x92", "opcode NEWOBJ_EX"),
+    "a call of a class": (name("torch.nn", "Linear") + b")R", "a call of torch.nn.Linear; valid: collections.OrderedDict"),
+    "a call of a function": (name("torch.nn.functional", "gelu") + b")R", "a call of torch.nn.functional.gelu"),
+    "a call of a package's package": (name("transformers.os", "system") + b")R", "a call of transformers.os.system"),
+    "a call of a dtype": (name("torch", "float16") + b")R", "a call of torch.float16"),
+    "a call of an object": (name("torch.nn", "A") + b")\x81)R", "a call of torch.nn.A"),
+    "an object with arguments": (name("torch.nn", "Linear") + put((1,)) + b"\x81", "without arguments"),
+    "an object of a function": (name("collections", "OrderedDict") + b")\x81", "an object of collections.OrderedDict"),
+    "BUILD of a function": (name("torch._C._nn", "gelu") + b"}b", "a state dict for torch._C._nn.gelu"),
+    "BUILD with slots": (name("torch.nn", "A") + b")\x81N}\x86b", "a state tuple for torch.nn.A"),
+    "a package itself": (name("torch", "nn"), r"'torch\.nn'; valid"),
+    "a package's namesake": (name("torch.nnx", "Linear"), r"'torch\.nnx\.Linear'"),
+    "points for nothing": (name("torch.nn.", "Linear"), r"'torch\.nn\.\.Linear'"),
+    "a space": (name("torch.nn", "Linear x"), "'torch.nn.Linear x'"),
+    "an escape sequence": (name("transformers", "\x1b[2J"), r"'transformers\.\\x1b"),
+    "a look-alike letter": (name("transformers", "ЅLIP"), r"'transformers\.\\u0405LIP'"),
+    "an endless name": (name("transformers", "x" * 10**6), "'transformers.x{187}'; valid"),
+    "PERSID": (b"Pos.system\n", "opcode PERSID"),
+    "another reference": (put(("module", "os", "system")) + b"Q", "a reference to tuple; valid: to a storage"),
+    "a reference by a number": (b"K\x07Q", "a reference to int 7"),
+    "a reference of os.system": (stored(kind=b"cos\nsystem\n"), "'os.system'"),
+    "a reference of a function": (stored(kind=b"ccollections\nOrderedDict\n"), "holds collections.OrderedDict; valid"),
+    "a reference of a class": (stored(kind=b"ctorch.nn\nLinear\n"), "holds torch.nn.Linear"),
+    "a view": (stored(view=put(("0", 0, 6))), "a reference to tuple"),
+    "a key of a list": (stored(key=["0"]), "a reference to tuple"),
+    "a path": (stored(key="../data.pkl"), "6 elements in no bytes"),
+    "no storage": (stored(key="1"), "6 elements in no bytes"),
+    "more elements": (stored(elements=7), "int 7 elements in 24 bytes; valid: 4 bytes|'0' twice"),
+    "fewer elements": (stored(elements=5), "int 5 elements in 24 bytes|'0' twice"),
+    "2^60 elements": (stored(elements=2**60), "elements in 24 bytes|'0' twice"),
+    "negative elements": (stored(elements=-6), "int -6 elements in 24 bytes|'0' twice"),
+    "a storage of two kinds": (b"](" + stored() + stored(kind=b"ctorch\nIntStorage\n") + b"e", "storage '0' twice, and diff"),
+    "outside its storage": (tensor(offset=1, of=stored()), "6 elements from 1 on"),
+    "a tensor of nothing": (tensor(of=b"N"), "a tensor of NoneType; valid: of a storage"),
+    "a tensor of another function": (
+        name("torch._tensor", "_rebuild_from_type_v2") + b"(" + name("torch.nn", "A") + name("torch", "Tensor") + b"))tR",
+        "a torch.Tensor by torch.nn.A; valid",
+    ),
+    "a set of a number": (SET + put((7,)) + b"R", "a set of int 7; valid: of a list"),
+    "a set of tuples": (SET + b"](" + put((1,)) + b"e\x85R", "a key that is tuple"),
+    "a set of a list many times": (called(SET, b"](" + b"K\x01" * 10**5 + b"e", 10**4), "sets of more than 1000000 members"),
+    "a key of a large number": (b"}" + put(2**31) + b"Ns", "a key that is int 2147483648; valid: .*, or a whole"),
+    "a key of a negative number": (b"}" + put(-1) + b"Ns", "a key that is int -1"),
+    "a key of a bool": (b"}\x88Ns", "a key that is bool True"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_module_is_refused(case: str, refuses: Refuses, read: Reads) -> None:
+    payload, message = HOSTILE[case]
+    for pickled in inside_a_module(payload):
+        refuses(archive(pickled, data__0=SIX), message, read)
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_what_torch_would_execute_is_refused(protocol: int, canary: Path, refuses: Refuses, read: Reads) -> None:
+    linear = nn.Linear(2, 2)
+    linear.extra = Call(eval, f"open({str(canary)!r}, 'w').close()")  # type: ignore[assignment]
+    data = saved(linear, protocol)
+    refuses(data, r"'(__builtin__|builtins)\.eval'", read)
+    torch.load(
+        io.BytesIO(data), weights_only=False
+    )  # of what this test itself wrote: only so is it known that it would be touched
+    assert canary.exists()
+
+
+@pytest.mark.parametrize("key", ["__setstate__", "__class__", "__reduce__", "__dict__"])
+def test_a_modules_state_is_data_whatever_its_keys(key: str, read: Reads) -> None:
+    payload = module(WEIGHT).replace(text("extra"), text(key))
+    assert list(read(archive(whole(payload), data__0=SIX))) == ["weight"]
+
+
+def itself(modules: bytes) -> bytes:
+    """A module that holds itself, which is number 200 of the memo."""
+    parts = text("_parameters") + b"}" + text("_buffers") + b"}" + text("_modules") + modules
+    return name("torch.nn", "A") + b")\x81q\xc8}(" + parts + b"ub"
+
+
+def doubled(depth: int) -> bytes:
+    """A module that holds the same one twice, and so on."""
+    payload = module()
+    for _ in range(depth):
+        payload = module(modules=entries(a=payload + b"q\x01", b=b"h\x01"))
+    return payload
+
+
+ODD: dict[str, tuple[bytes, str]] = {
+    "nothing": (b"N", "module '': NoneType without _parameters; valid: a whole nn.Module"),
+    "a dictionary": (WEIGHT, "module '': dict without _parameters"),
+    "a tensor": (tensor(of=stored()), "module '': Tensor without _parameters"),
+    "an object": (name("transformers", "CLIPConfig") + b")\x81", "module '': transformers.CLIPConfig without _parameters"),
+    "an object in a module": (module(modules=entries(a=name("torch.nn", "X") + b")\x81")), "module 'a.': torch.nn.X without"),
+    "a list of parameters": (module(b"]"), "without _parameters"),
+    "a list of buffers": (module(buffers=b"]"), "without _buffers"),
+    "a number": (module(entries(weight=b"K\x07")), "'weight': int 7; valid: one tensor, or none"),
+    "a name with a point": (module(modules=put({"a.b": None})), "a name str 'a.b'; valid"),
+    "no name": (module(modules=put({"": None})), "a name str ''"),
+    "a name of a number": (module(modules=put({0: None})), "a name int 0"),
+    "a name twice": (module(WEIGHT, WEIGHT), "'weight': Tensor; valid: one tensor"),
+    "a list of what is not kept": (module().replace(text("extra"), text("_non_persistent_buffers_set")), "set NoneType; valid"),
+    "itself": (itself(entries(a=b"h\xc8")), "names that do not end; valid: at most 100000"),
+    "itself under a long name": (itself(b"}(" + text("a" * 1000) + b"h\xc8u"), "names that do not end"),
+    "itself twice": (itself(entries(a=b"h\xc8", b=b"h\xc8")), "names that do not end"),
+    "2^40 of the same": (doubled(40), "names that do not end"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_what_is_no_module_is_refused(case: str, refuses: Refuses, read: Reads) -> None:
+    payload, message = ODD[case]
+    refuses(archive(whole(payload), data__0=SIX), message, read)
+
+
+PLAIN = archive(whole(module(WEIGHT)), data__0=SIX)
+
+
+def changed(change: Callable[[zipfile.ZipFile], None], data: bytes = PLAIN) -> bytes:
+    """An archive with something more in it."""
+    stream = io.BytesIO(data)
+    with warnings.catch_warnings(), zipfile.ZipFile(stream, "a") as opened:
+        warnings.simplefilter("ignore")  # of names that are there
+        change(opened)
+    return stream.getvalue()
+
+
+def overlapping(opened: zipfile.ZipFile) -> None:
+    """Ten entries of the same bytes."""
+    for number in range(10):
+        entry = copy(opened.getinfo("archive/data/0"))
+        entry.filename = f"archive/data/{number + 1}"
+        opened.filelist.append(entry)
+    opened._didModify = True  # type: ignore[attr-defined]
+
+
+def encrypted(opened: zipfile.ZipFile) -> None:
+    opened.getinfo("archive/data/0").flag_bits |= 1
+    opened._didModify = True  # type: ignore[attr-defined]
+
+
+ARCHIVES: dict[str, tuple[bytes, str]] = {
+    "nothing": (b"", "not a whole zip archive .BadZipFile: .*; valid: what torch.save writes since version 1.6, which begins"),
+    "a pickle": (pickle.dumps({}), "not a whole zip archive"),
+    "an old file": (MAGIC + pickle.dumps({}), "not a whole zip archive"),
+    "compressed": (
+        changed(lambda opened: opened.writestr("archive/data/1", bytes(10**8), zipfile.ZIP_DEFLATED)),
+        "'archive/data/1': compressed or encrypted; valid: stored",
+    ),
+    "encrypted": (changed(encrypted), "'archive/data/0': compressed or encrypted"),
+    "a name twice": (changed(lambda opened: opened.writestr("archive/data/0", SIX)), "entries of the same name"),
+    "more than the file": (
+        changed(overlapping, archive(b"", data__0=bytes(10**4))),
+        r"entries of 110002 bytes in \d+; valid: no more than the file has",
+    ),
+    "no pickle": (changed(lambda _: None, archive(b"").replace(b"data.pkl", b"data.pkx")), "0 entries data.pkl; valid: one"),
+    "no folder": (archive(b"").replace(b"archive/data.pkl", b"archivexdata.pkl"), "0 entries data.pkl"),
+    "two pickles": (changed(lambda opened: opened.writestr("other/data.pkl", b"N.")), "2 entries data.pkl"),
+    "big-endian": (archive(whole(module()), byteorder=b"big"), "byteorder b'big'; valid: little"),
+    "an endless byteorder": (archive(whole(module()), byteorder=b"little" * 9), "'byteorder': 54 bytes; valid: at most 10"),
+    "a large pickle": (archive(bytes(unpickle.LARGEST_FILE + 1)), f"data.pkl': {unpickle.LARGEST_FILE + 1} bytes; valid"),
+    "more after the pickle": (archive(whole(module()) + b"N."), "2 bytes after the end of the pickle"),
+    "another name within": (PLAIN.replace(b"archive/data/0", b"archive/data/9", 1), "'data/0': BadZipFile: .*; valid: an"),
+    "a damaged storage": (PLAIN.replace(SIX, SIX[:-1] + b"\x01"), "'data/0': BadZipFile: .*CRC"),
+    "a damaged pickle": (PLAIN.replace(b"CLIPModel", b"CLIPMadel"), "'data.pkl': BadZipFile: .*CRC"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ARCHIVES)
+def test_an_archive_that_torch_did_not_write_is_refused(case: str, refuses: Refuses, read: Reads) -> None:
+    data, message = ARCHIVES[case]
+    refuses(data, message, read)
+
+
+def test_an_old_file_of_torch_is_refused(canary: Path, refuses: Refuses, read: Reads) -> None:
+    stream = io.BytesIO()
+    torch.save(Call(eval, f"open({str(canary)!r}, 'w').close()"), stream, _use_new_zipfile_serialization=False)
+    refuses(stream.getvalue(), "not a whole zip archive .*; valid: what torch.save writes since version 1.6", read)
+
+
+def test_a_refusal_names_the_file_and_a_missing_one_is_an_oserror(read: Reads, tmp_path: Path) -> None:
+    with pytest.raises(RefusedError, match=re.escape(f"{tmp_path / 'module.pth'}: not a whole zip")):
+        read(b"")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        read_module(tmp_path / "nowhere.pth")
+
+
+def test_a_truncated_or_damaged_module_is_read_or_refused(read: Reads) -> None:
+    def outcome(data: bytes) -> bool:
+        try:
+            read(data)
+        except RefusedError as error:
+            message = str(error)
+        else:
+            return True
+        assert "valid: " in message
+        assert message.isprintable()
+        return False
+
+    data = saved(nn.Linear(2, 2))
+    assert outcome(data)
+    assert not any(outcome(data[:end]) for end in range(0, len(data), 7))
+    generator = random.Random(0)
+    for _ in range(300):
+        damaged = bytearray(data)
+        for _ in range(generator.choice([1, 3, 20])):
+            damaged[generator.randrange(len(damaged))] = generator.randrange(256)
+        outcome(bytes(damaged))
