@@ -16,13 +16,14 @@ import time
 import torch
 from torch import Tensor
 
-from metrics.frechet import bootstrap_distances, distance, judge, statistics
+from metrics.frechet import judge, lowest
 from solvers import SOLVERS, integrate, parallel_integrate, time_uniform
 from solvers.parallel import Init
 from stages.files import BACKBONE
 from stages.frozen import Frozen, load_frozen
 from stages.noise import batches, fresh_noise, noise
 from stages.params import load_params
+from stages.statistics import half_interval
 
 SEED, SAMPLES, BATCH = 0, 128, 32
 RUNS = [  # solver, steps, tolerances; the grid is that of the variance-preserving process, uniform in time
@@ -39,7 +40,7 @@ INTRODUCTION = f"""\
 {SAMPLES} images of validation noise in batches of {BATCH}, window {WINDOW}, time_uniform 1. sweeps, serial and total
 evaluations: means over the batches (a batch moves on with its slowest image), ± their standard deviation. RMSE: to the
 sequential images, on the same noise, of states in [-1, 1]. FD: Frechet distance to them in the judge's features, ± half a 95 %
-interval by 200 resamples. seconds: of all images, on a CPU, where a larger batch is no faster per image: what is gained is
+interval. seconds: of all images, on a CPU, where a larger batch is no faster per image: what is gained is
 serial evaluations.
 
 | solver | steps | method | tolerance | sweeps | serial | total | RMSE | FD | seconds |
@@ -76,8 +77,8 @@ def main() -> None:
                 cost = torch.tensor(taken, dtype=torch.float64)
                 cells = [f"{m:.1f} ± {s:.1f}" for m, s in zip(cost.mean(0).tolist(), cost.std(0).tolist(), strict=True)]
                 rmse = (states - expected).square().mean().sqrt().item()
-                half = 1.96 * bootstrap_distances(own, features, 200).std()
-                fd = f"{distance(statistics(own), statistics(features)):.4f} ± {half:.4f}"
+                frechet = lowest(own, features)
+                fd = f"{frechet.value:.4f} ± {half_interval(frechet.influence):.4f}"
                 cells = [name, str(steps), method, f"{tolerance:g}", *cells, f"{rmse:.4f}", fd, f"{seconds:.0f}"]
                 print("| " + " | ".join(cells) + " |", flush=True)
 

@@ -31,7 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from metrics.accuracy import Accuracy
-from metrics.frechet import bootstrap_distances, distance, judge, load_statistics, resampled, statistics
+from metrics.frechet import judge, load_statistics, lowest
 from solvers import AFS, SOLVERS, Predictor, Solver, load_predictor, save_predictor
 from stages import params
 from stages.distill import Learned, Sampling, closed_form, end_error, learn, new_student
@@ -51,6 +51,7 @@ from stages.params import (
     serial_evaluations,
 )
 from stages.sampling import Run
+from stages.statistics import half_interval
 from stages.teacher import run as teach
 from stages.training import seeded
 
@@ -63,7 +64,6 @@ SCHEDULES: dict[str, Schedule] = {
     "time_uniform 3": TimeUniform(name="time_uniform", rho=3.0),
 }
 SEED, VALIDATION, TRAIN, TEST, PART, PILOT = 0, 512, 1024, 4096, 512, 50
-RESAMPLES = 200
 FOLDER = Path("data/bench")
 FIXED_GRIDS = ("polynomial 7", "time_uniform 2")
 CONF = Path(__file__).parents[1] / "conf"
@@ -180,7 +180,7 @@ class Bench:
             return learn(student, sampling, train, validation, settings, end_error, SEED)
 
     def tested(self, name: str, choice: dict[str, Any]) -> dict[str, Any]:
-        """What a chosen sampler makes of the test noise; its squared errors and resampled distances are kept."""
+        """What a chosen sampler makes of the test noise; by how much each image moves its RMSE and its distances is kept."""
         solver, sigmas = self.sampler(name, choice)
         parts = [self.run(solver, sigmas, "test", part) for part in batches(TEST, PART)]
         states = torch.cat([part["states"] for part in parts])
@@ -188,19 +188,20 @@ class Bench:
         squared = (states - wanted).square().flatten(1).mean(1)
         extractor = judge(BACKBONE / "judge.safetensors")
         features, reference = (extractor(self.frozen.backend.decode(x)) for x in (states, wanted))
-        rmses = torch.stack([squared[rows].mean().sqrt() for rows in resampled(TEST, RESAMPLES)])
+        rmse = squared.mean().sqrt()
+        frechet, to_digits = lowest(features, reference), lowest(features, load_statistics(REFS))
         accuracy = Accuracy(BACKBONE / "judge.safetensors")(
             self.frozen.backend.decode(states), self.frozen.prompts("test", range(TEST))
         )
         return {
             "serial": int(parts[0]["serial"][0].item()),
             "total": torch.cat([part["total"] for part in parts]).mean().item(),
-            "rmse": squared.mean().sqrt().item(),
-            "rmse_bootstrap": rmses.tolist(),
-            "frechet": distance(statistics(features), statistics(reference)),
-            "frechet_bootstrap": bootstrap_distances(features, reference, RESAMPLES).tolist(),
-            "frechet_digits": distance(statistics(features), load_statistics(REFS)),
-            "frechet_digits_bootstrap": bootstrap_distances(features, load_statistics(REFS), RESAMPLES).tolist(),
+            "rmse": rmse.item(),
+            "rmse_influence": ((squared - squared.mean()) / (2 * rmse)).tolist(),
+            "frechet": frechet.value,
+            "frechet_influence": frechet.influence.tolist(),
+            "frechet_digits": to_digits.value,
+            "frechet_digits_influence": to_digits.influence.tolist(),
             "accuracy": accuracy.mean().item(),
             "accuracy_se": accuracy.std().item() / TEST**0.5,
         }
@@ -304,8 +305,7 @@ class Row:
 
     def cells(self) -> list[str]:
         def with_error(key: str, digits: int) -> str:
-            half = 1.96 * torch.tensor(self.test[f"{key}_bootstrap"]).std().item()
-            return f"{self.test[key]:.{digits}f} ± {half:.{digits}f}"
+            return f"{self.test[key]:.{digits}f} ± {half_interval(torch.tensor(self.test[f'{key}_influence'])):.{digits}f}"
 
         return [
             f"**{self.name}**" if self.learned else self.name,
@@ -333,8 +333,8 @@ def page(rows: list[Row]) -> str:
 
 `python bench/solvers.py`, after `make run`; {hardware}, {datetime.date.today()}.
 
-Test samples: n = {TEST}, the same noise and prompts for every solver; ± is half a 95 % interval, of RMSE and FD by
-{RESAMPLES} resamples. Schedule and AFS of each classical solver, the schedule of each learned one and the iteration of its
+Test samples: n = {TEST}, the same noise and prompts for every solver; ± is half a 95 % interval.
+Schedule and AFS of each classical solver, the schedule of each learned one and the iteration of its
 training are chosen by the RMSE on {VALIDATION} samples of validation noise. Schedules: {", ".join(SCHEDULES)};
 for what is learned by gradient descent {" and ".join(FIXED_GRIDS)}, by {PILOT} iterations on each, or, with a grid of its own,
 time_uniform 2 to start from. At 5 evaluations all solvers were run on the test noise, elsewhere those of the picture
@@ -356,7 +356,7 @@ evaluations of the network one after the other, and rows per image. ms / image: 
 
 
 def findings(rows: list[Row]) -> Iterable[str]:
-    """Ratios of RMSE and FD, paired: resample r has the same samples for every solver."""
+    """Ratios of RMSE and FD, paired: by how much each image moves their logarithms."""
     for budget in BUDGETS:
         here = {row.name: row for row in rows if row.budget == budget}
         classical = [row for row in here.values() if not row.learned]
@@ -377,8 +377,9 @@ def findings(rows: list[Row]) -> Iterable[str]:
 
 
 def ratio(one: Row, other: Row, key: str) -> str:
-    resamples = torch.tensor(one.test[f"{key}_bootstrap"]) / torch.tensor(other.test[f"{key}_bootstrap"])
-    return f"x {one.test[key] / other.test[key]:.2f} ± {1.96 * resamples.std().item():.2f}"
+    found = one.test[key] / other.test[key]
+    moved = [torch.tensor(row.test[f"{key}_influence"]) / row.test[key] for row in (one, other)]
+    return f"x {found:.2f} ± {found * half_interval(moved[0] - moved[1]):.2f}"
 
 
 SHOWN = ("euler", "heun", "dpm_solver_pp_2m", "unipc_2", "ipndm_2", "ipndm_3", *FAMILIES)

@@ -28,7 +28,7 @@ class Aesthetic:
     card: ClassVar[Card] = Card(
         scale="1 to 10, as rated by people",
         range="5 to 6.5",
-        preprocessing=PREPROCESSING.format(size=224) + "; features of length 1",
+        preprocessing=PREPROCESSING + "; features of length 1",
         source="Schuhmann 2022, improved-aesthetic-predictor, sac+logos+ava1-l14-linearMSE",
         divisor=10.0,
     )

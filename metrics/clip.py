@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from metrics import Card
 from metrics.images import check, cropped, normalised
-from metrics.state import reading, require
+from metrics.state import cast, reading, require
 from metrics.texts import Texts
 
 ROWS = 64
@@ -22,7 +22,7 @@ ROWS = 64
 OLD_EOS = 2
 """Of configurations older than transformers' #24773, in which the end of a prompt is its largest token."""
 
-PREPROCESSING = "8 bits; shorter side to {size} pixels by PIL's bicubic; centre; OpenAI's mean and standard deviation"
+PREPROCESSING = "8 bits; shorter side to the model's (224) by PIL's bicubic; centre; OpenAI's mean and standard deviation"
 
 
 class Clip:
@@ -45,7 +45,8 @@ class Clip:
         check_files(folder)
         self.folder, self.device, self.dtype = folder, device or torch.device("cpu"), dtype
         self.config = clip_config(folder)
-        vision, text = cast(Any, self.config.vision_config), cast(Any, self.config.text_config)
+        vision: Any = self.config.vision_config
+        text: Any = self.config.text_config
         self.size: int = vision.image_size
         self.length: int = text.max_position_embeddings
         self.width: int = self.config.projection_dim  # type: ignore[assignment]
@@ -54,7 +55,9 @@ class Clip:
 
     @cached_property
     def model(self) -> CLIPModel:
-        return _model(self.folder, self.config, self.dtype).to(self.device)  # type: ignore[arg-type]
+        model = _model(self.folder, self.config)
+        cast(model, self.dtype)
+        return model.to(self.device)  # type: ignore[arg-type]
 
     @cached_property
     def tokenizer(self) -> CLIPTokenizer:
@@ -70,7 +73,7 @@ class Clip:
         Asked again for the same tensor, it answers from memory, but where gradients are asked for.
         """
         check(images, [""] * len(images))
-        if torch.is_grad_enabled() and images.requires_grad:
+        if (torch.is_grad_enabled() and images.requires_grad) or images.is_inference():  # which count no versions
             return self._seen(images)
         last = self._last  # one read: another thread may write it meanwhile
         if last is None or last[0] is not images or last[1] != images._version:
@@ -92,13 +95,9 @@ class Clip:
         """
         return self.texts(prompts)
 
-    def _encoded(self, prompts: list[str]) -> Tensor:
-        return self.model.get_text_features(**self.tokens(prompts)).pooler_output  # type: ignore[union-attr, return-value]
-
-    def tokens(self, prompts: list[str]) -> dict[str, Tensor]:
-        """Prompts (n,) -> input_ids and attention_mask, (n, length) each."""
-        tokens = self.tokenizer(prompts, padding="max_length", truncation=True, max_length=self.length, return_tensors="pt")
-        return dict(tokens.to(self.device))
+    def _encoded(self, prompt: str) -> Tensor:
+        tokens = self.tokenizer([prompt], padding="max_length", truncation=True, max_length=self.length, return_tensors="pt")
+        return self.model.get_text_features(**tokens.to(self.device)).pooler_output  # type: ignore[union-attr, return-value]
 
     def similarity(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] and their B prompts -> cosines of their features (B,), float64, on the model's device.
@@ -116,7 +115,7 @@ class ClipScore:
     card: ClassVar[Card] = Card(
         scale="cosine, not scaled: other programs print 100 times it",
         range="0.26 to 0.29",
-        preprocessing=PREPROCESSING.format(size=224),
+        preprocessing=PREPROCESSING,
         source="Radford et al. 2021",
     )
 
@@ -139,7 +138,7 @@ class PickScore:
     card: ClassVar[Card] = Card(
         scale="cosine times the model's exp(logit_scale), about 100",
         range="20 to 23",
-        preprocessing=PREPROCESSING.format(size=224),
+        preprocessing=PREPROCESSING,
         source="Kirstain et al. 2023, PickScore_v1",
         divisor=26.0,
     )
@@ -159,7 +158,7 @@ class ClipFeatures:
 
     def __init__(self, clip: Clip, name: str) -> None:
         self.clip, self.name, self.width = clip, name, clip.width
-        self.resize = PREPROCESSING.format(size=clip.size)
+        self.resize = f"{PREPROCESSING}; {clip.size} pixels"
 
     def load(self) -> None:
         self.clip.load()
@@ -205,14 +204,14 @@ def clip_tokenizer(folder: Path, config: CLIPConfig) -> CLIPTokenizer:
     return tokenizer
 
 
-def _model(folder: Path, config: CLIPConfig, dtype: torch.dtype) -> CLIPModel:
+def _model(folder: Path, config: CLIPConfig) -> CLIPModel:
     with reading(folder / "model.safetensors"):
         loaded: Any = CLIPModel.from_pretrained(
             folder,
             config=config,
             local_files_only=True,
             use_safetensors=True,
-            dtype=dtype,
+            dtype=torch.float32,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # to be named below, with the others
         )

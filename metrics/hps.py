@@ -44,7 +44,7 @@ class HPS:
         scale="cosine, not scaled: the benchmark prints 100 times it",
         range="0.1 to 0.35",
         preprocessing=(
-            "8 bits; longer side to 224 pixels by torch's bicubic with antialias, in floating point; black around it; "
+            "8 bits; longer side to the model's (224) by torch's bicubic with antialias, in floating point; black around it; "
             "OpenAI's mean and standard deviation"
         ),
         source="Wu et al. 2023, HPSv2.1",
@@ -75,8 +75,8 @@ class HPS:
     def _seen(self, images: Tensor) -> Tensor:
         return self.model.encode_image(normalised(padded(images, self.size)).to(self.dtype))
 
-    def _encoded(self, prompts: list[str]) -> Tensor:
-        return self.model.encode_text(tokenize(prompts, self.model.context_length).to(self.device))
+    def _encoded(self, prompt: str) -> Tensor:
+        return self.model.encode_text(tokenize([prompt], self.model.context_length).to(self.device))
 
 
 def _config(file: Path) -> dict[str, Any]:

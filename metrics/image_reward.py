@@ -16,7 +16,7 @@ from metrics.head import Head
 from metrics.images import check, levels, normalised, resized
 from metrics.state import SHOWN, load_exactly, read_state, reading, require
 
-WEIGHTS, CONFIG = "ImageReward.pt", "med_config.json"
+FILE, CONFIG = "ImageReward.pt", "med_config.json"
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 """Of rewards, as published: scores have mean 0 and standard deviation 1."""
@@ -60,7 +60,7 @@ class ImageReward:
     Differentiable.
 
     Args:
-        folder: with WEIGHTS (a state dict) and CONFIG, as published.
+        folder: with FILE (a state dict) and CONFIG, as published.
         tokenizer: folder with bert-base-uncased's vocab.txt or tokenizer.json.
         device: None: the CPU.
         dtype: of the two transformers' weights.
@@ -73,8 +73,8 @@ class ImageReward:
 
     card: ClassVar[Card] = Card(
         scale="standard deviations from the mean reward",
-        range="-2 to 2 for 98 % of images",
-        preprocessing=PREPROCESSING.format(size=224),
+        range="-2 to 2, of 98 % of images",
+        preprocessing=PREPROCESSING,
         source="Xu et al. 2023, ImageReward-v1.0",
         divisor=10.0,
     )
@@ -83,8 +83,8 @@ class ImageReward:
         self, folder: Path, tokenizer: Path, device: torch.device | None = None, dtype: torch.dtype = torch.float32
     ) -> None:
         self.folder, self.vocabulary, self.device, self.dtype = folder, tokenizer, device or torch.device("cpu"), dtype
-        for name in (WEIGHTS, CONFIG):
-            require(folder / name, f"a folder with {WEIGHTS} and {CONFIG}")
+        for name in (FILE, CONFIG):
+            require(folder / name, f"a folder with {FILE} and {CONFIG}")
         if not (tokenizer / "tokenizer.json").exists():
             require(tokenizer / "vocab.txt", "a folder with vocab.txt or tokenizer.json")
         with reading(folder / CONFIG):
@@ -92,11 +92,11 @@ class ImageReward:
 
     @cached_property
     def network(self) -> "Network":
-        state = read_state(self.folder / WEIGHTS)
-        vision = _vision_config(state, self.folder / WEIGHTS)
+        state = read_state(self.folder / FILE)
+        vision = _vision_config(state, self.folder / FILE)
         with reading(self.folder / CONFIG):
             network = Network(vision, _text_config(self.config, vision.hidden_size))
-        load_exactly(network, state, self.folder / WEIGHTS, IGNORED)
+        load_exactly(network, state, self.folder / FILE, IGNORED)
         network.blip.to(self.dtype)
         return network.to(self.device).eval().requires_grad_(False)
 

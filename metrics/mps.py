@@ -14,7 +14,7 @@ from transformers.initialization import no_init_weights
 from metrics import Card
 from metrics.clip import PREPROCESSING, check_files, clip_config, clip_tokenizer
 from metrics.images import check, cropped, normalised
-from metrics.state import load_exactly, read_state, require
+from metrics.state import cast, load_exactly, require
 from metrics.texts import Texts
 from unpickle import read_module
 
@@ -44,8 +44,7 @@ class MPS:
     all quotients are 1 or more, and all tokens are kept. Differentiable in the images.
 
     Args:
-        folder: with FILE, as published: a whole pickled module, of which nothing is executed; or a state dict of the same
-            names, FILE with the suffix .safetensors.
+        folder: with FILE, as published: a whole pickled module, of which nothing is executed.
         clip: a folder with config.json and tokenizer of laion/CLIP-ViT-H-14-laion2B-s32B-b79K; its weights are not read.
         device: None: the CPU.
         dtype: of the weights.
@@ -61,7 +60,7 @@ class MPS:
     card: ClassVar[Card] = Card(
         scale="cosine times the model's exp(logit_scale), about 100",
         range="10 to 12",
-        preprocessing=PREPROCESSING.format(size=224),
+        preprocessing=PREPROCESSING,
         source="Zhang et al. 2024, MPS (overall)",
         divisor=15.0,
     )
@@ -76,9 +75,8 @@ class MPS:
     ) -> None:
         if not threshold < 1:
             raise ValueError(f"threshold: {threshold}; valid: below 1")
-        plain = (folder / FILE).with_suffix(".safetensors")
-        self.file = plain if plain.is_file() else folder / FILE
-        require(self.file, f"a folder with it, or with {plain.name}")
+        self.file = folder / FILE
+        require(self.file)
         check_files(clip, weights=False)
         self.clip, self.device, self.dtype, self.threshold = clip, device or torch.device("cpu"), dtype, threshold
         self.config = clip_config(clip)
@@ -90,12 +88,11 @@ class MPS:
 
     @cached_property
     def model(self) -> "CrossedCLIP":
-        state = read_state(self.file) if self.file.suffix == ".safetensors" else read_module(self.file)
+        state = read_module(self.file)
         with no_init_weights():  # all are read below: to draw a billion at random first takes half a minute
             model = CrossedCLIP(self.config, state)
         load_exactly(model, state, self.file, POSITIONS)
-        for weight in model.parameters():  # not the rotations' frequencies: angles are large
-            weight.data = weight.data.to(self.dtype)
+        cast(model, self.dtype)
         return model.to(self.device).eval().requires_grad_(False)
 
     @cached_property
@@ -105,7 +102,7 @@ class MPS:
     @cached_property
     def condition(self) -> Tensor:
         """The features of CONDITION's tokens, (length, F)."""
-        return self._encoded([CONDITION])[0, :-1]
+        return self._encoded(CONDITION)[0, :-1]
 
     def load(self) -> None:
         _ = self.model, self.tokenizer, self.condition
@@ -131,9 +128,9 @@ class MPS:
         nearest = (tokens @ self.condition.T).amax(-1)
         return nearest / nearest.amax(-1, keepdim=True) > self.threshold
 
-    def _encoded(self, prompts: list[str]) -> Tensor:
-        """Prompts (n,) -> the features of all their tokens, then those of their end (n, length + 1, F)."""
-        tokens = self.tokenizer(prompts, padding="max_length", truncation=True, max_length=self.length, return_tensors="pt")
+    def _encoded(self, prompt: str) -> Tensor:
+        """The features of all tokens of a prompt, then those of its end (1, length + 1, F)."""
+        tokens = self.tokenizer([prompt], padding="max_length", truncation=True, max_length=self.length, return_tensors="pt")
         return self.model.text_features(tokens["input_ids"].to(self.device))  # type: ignore[union-attr]
 
 

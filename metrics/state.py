@@ -74,6 +74,13 @@ def load_exactly(module: nn.Module, state: Mapping[str, Tensor], file: Path, ign
     module.load_state_dict(given)
 
 
+def cast(module: nn.Module, dtype: torch.dtype) -> None:
+    """Have a module's weights in a dtype; not its buffers, and not its single numbers, by which scores are scaled."""
+    for weight in module.parameters():
+        if weight.ndim:
+            weight.data = weight.data.to(dtype)
+
+
 def require(file: Path, valid: str = "a file") -> None:
     """Raise FileNotFoundError, with the file's name, unless it is there."""
     if not file.is_file():

@@ -6,19 +6,18 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-ROWS = 64
-"""Prompts that are encoded at once."""
-
 
 class Texts:
     """Prompts -> what a frozen encoder makes of them, (B, ...): each is encoded once, and the last `entries` are remembered.
 
+    One by one: what a prompt becomes does not depend on others, to the bit.
+
     Args:
-        encode: prompts (n,), n at most ROWS -> (n, ...).
+        encode: a prompt -> (1, ...).
         entries: the most to remember; what one call asks for is always.
     """
 
-    def __init__(self, encode: Callable[[list[str]], Tensor], entries: int = 4096) -> None:
+    def __init__(self, encode: Callable[[str], Tensor], entries: int = 4096) -> None:
         self.encode = encode
         self.entries = entries
         self.found: OrderedDict[str, Tensor] = OrderedDict()
@@ -34,8 +33,7 @@ class Texts:
             raise ValueError("prompts: none; valid: at least one")
         asked = list(dict.fromkeys(prompts))
         new = [prompt for prompt in asked if prompt not in self.found]
-        for part in (new[first : first + ROWS] for first in range(0, len(new), ROWS)):
-            self.found.update(zip(part, self.encode(part).unbind(), strict=True))
+        self.found.update((prompt, self.encode(prompt)[0]) for prompt in new)
         for prompt in asked:
             self.found.move_to_end(prompt)
         encoded = torch.stack([self.found[prompt] for prompt in prompts])

@@ -29,7 +29,7 @@ class Work:
     ) -> None:
         plain = {k: v.model_dump(exclude=set(untied)) if isinstance(v, Section) else {"": v} for k, v in params.items()}
         root = Path(__file__).parents[1]
-        code = sorted(file for package in PACKAGES for file in root.glob(f"{package}/*.py"))
+        code = sorted([root / "unpickle.py", *(file for package in PACKAGES for file in root.glob(f"{package}/*.py"))])
         files = {str(file): file for file in inputs} | {str(file.relative_to(root)): file for file in code}
         self.identity = {".".join(filter(None, (k, name))): v for k, named in plain.items() for name, v in named.items()}
         self.identity |= {name: sha256(file) for name, file in files.items()}

@@ -1,5 +1,6 @@
 """Stage evaluate@SAMPLER: what the images of one sampler are worth, per image and on the whole, with uncertainties."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,9 @@ from pyarrow import parquet
 from torch import Tensor
 
 from metrics.frechet import (
+    INCEPTION,
     TOOL,
-    bootstrap_distances,
-    distance,
+    Lowest,
     kernel_distance,
     label,
     load_features,
@@ -21,11 +22,9 @@ from metrics.frechet import (
     lowest,
     precision_recall,
     require_images,
-    resampled,
-    statistics,
 )
 from stages.checkpoint import Work
-from stages.command import command, progress
+from stages.command import command
 from stages.files import (
     BACKBONE,
     REFS,
@@ -49,8 +48,6 @@ from stages.ranks import Ranks
 from stages.scorers import Scorers, Scores, load_scorers
 from stages.seeds import shown_seeds
 from stages.statistics import mean_error
-
-NOT_SCORES = {"features", "reference_features"}
 
 
 @dataclass(frozen=True)
@@ -89,71 +86,66 @@ def evaluate(sampler: str, *, compute: Compute, evaluate: Evaluate) -> None:
         rows = slice(batch.start, batch.stop)
         found = scorers.scores(decode(mine.states[rows]), wanted[rows])
         squared_error = (mine.states[rows] - others.states[rows]).square().flatten(1).mean(1)
-        return {**found, "squared_error": squared_error, "reference_features": scorers.extractor(decode(others.states[rows]))}
+        return {**found, "squared_error": squared_error, "reference_features": scorers.features(decode(others.states[rows]))}
 
     scores = by_parts(name, Work({}, [RECORD, *files]), ranks, len(wanted), evaluate.batch_size, scored)
     if scores is not None:
         with reading(REFS):
-            results, resamples = summary(scores, evaluate, sampler)
-            protocol = record(scorers, scores["features"], mine.samples, evaluate)
+            refs, kept, reference = load_statistics(REFS), load_features(REFS), load_record(REFS)
+        features = scores.pop("features")
+        frechet = lowest(features, refs, evaluate.ranges)
+        moved = {"frechet_distance": frechet, "distance_to_reference": lowest(features, scores.pop("reference_features"))}
+        rows = scores | {f"{key}_influence": found.influence for key, found in moved.items()}
+        write_scores(SCORES / f"{sampler}.parquet", mine.samples, wanted, rows)
         with torch.no_grad():
             pictures = (decode(mine.states[: evaluate.pictures]).float() * 255).round().to(torch.uint8).cpu()
-        write_scores(SCORES / f"{sampler}.parquet", mine.samples, wanted, scores)
-        write_tensors(SCORES / f"{sampler}.safetensors", {**resamples, "pictures": pictures})
-        lists = {"protocol": [protocol], "metrics": list(scorers.records)}
-        write_json(RESULTS / f"{sampler}.json", {"n": len(wanted), **mine.cost, **results, **lists})
+        write_tensors(SCORES / f"{sampler}.safetensors", {"pictures": pictures})
+        results = summary(scores, moved) | (of_features(features, kept) if kept is not None else {})
+        ordered = {"n": len(wanted), **mine.cost, **dict(sorted(results.items()))}
+        protocol = record(scorers, frechet, mine.samples, reference)
+        write_json(RESULTS / f"{sampler}.json", {**ordered, "protocol": [protocol], "metrics": list(scorers.records)})
         forget(name)
     ranks.close()
 
 
-def summary(scores: Scores, evaluate: Evaluate, sampler: str) -> tuple[dict[str, float], Scores]:
-    """Distances and means, each with its standard error ("_se"), and the resampled distances and errors, (bootstrap,)."""
-    features, other = scores["features"], scores["reference_features"]
-    refs, kept = load_statistics(REFS, features.shape[1]), load_features(REFS)
-    results, resamples = dict[str, float](), Scores()
-    results["frechet_distance"], _ = lowest(features, refs, evaluate.ranges)
-    results["distance_to_reference"] = distance(statistics(features), statistics(other))
-    distances = {"frechet_distance": (refs, evaluate.ranges), "distance_to_reference": (other, 1)}
-    for name, (drawn, ranges) in progress([*distances.items()], f"evaluate {sampler}", "distance"):
-        resamples[name] = torch.from_numpy(bootstrap_distances(features, drawn, evaluate.bootstrap, ranges))
-    squared_error = scores["squared_error"]
-    results["rmse"] = squared_error.mean().sqrt().item()
-    rows = resampled(len(squared_error), evaluate.bootstrap)
-    resamples["rmse"] = torch.stack([squared_error[chosen].mean().sqrt() for chosen in rows])
-    errors = {name: values.std().item() for name, values in resamples.items()}
-    for name in scores.keys() - NOT_SCORES - {"squared_error"}:
-        results[name], errors[name] = scores[name].mean().item(), mean_error(scores[name])
-    if kept is not None:
-        results["kernel_distance"], errors["kernel_distance"] = kernel_distance(features, kept)
-        found = precision_recall(features, kept)
-        for name in ("precision", "recall"):
-            results[name], errors[name] = found[name], found[f"{name}_se"]
-    ordered = {key: value for name in sorted(results) for key, value in ((name, results[name]), (f"{name}_se", errors[name]))}
-    return ordered, {f"{name}_bootstrap": values for name, values in resamples.items()}
+def summary(scores: Scores, distances: Mapping[str, Lowest]) -> dict[str, float]:
+    """Means and distances, each with its standard error ("_se")."""
+    rmse = scores["squared_error"].mean().sqrt().item()
+    results = {"rmse": rmse, "rmse_se": mean_error(scores["squared_error"]) / (2 * rmse) if rmse else 0.0}
+    for name, found in distances.items():
+        results |= {name: found.value, f"{name}_se": mean_error(found.influence)}
+    for name in scores.keys() - {"squared_error"}:
+        results |= {name: scores[name].mean().item(), f"{name}_se": mean_error(scores[name])}
+    return results
 
 
-def record(scorers: Scorers, features: Tensor, samples: list[int], evaluate: Evaluate) -> dict[str, Any]:
+def of_features(features: Tensor, reference: Tensor) -> dict[str, float]:
+    """What takes the reference's features, not only their statistics."""
+    kernel, error = kernel_distance(features, reference)
+    return {"kernel_distance": kernel, "kernel_distance_se": error, **precision_recall(features, reference)}
+
+
+def record(scorers: Scorers, found: Lowest, samples: list[int], reference: dict[str, Any]) -> dict[str, Any]:
     """How the distances of distributions were measured."""
-    extractor, each = scorers.extractor, len(samples) // evaluate.ranges
-    _, distances = lowest(features, load_statistics(REFS), evaluate.ranges)
+    extractor, each = scorers.extractor, len(samples) // len(found.each)
     return {
         "name": "frechet_distance",
-        "label": label("FID" if extractor.name == "inception-v3-compat" else "FD", each),
+        "label": label("FID" if extractor.name == INCEPTION else "FD", each),
         "tool": TOOL,
         "extractor": extractor.name,
         **scorers.origin,
         "resize": extractor.resize,
         "n": each,
         "seeds": shown_seeds(samples),
-        "ranges": evaluate.ranges,
-        "distances": distances,
-        "reference": {**load_record(REFS), "statistics_sha256": sha256(REFS)},
+        "ranges": len(found.each),
+        "distances": found.each,
+        "reference": {**reference, "statistics_sha256": sha256(REFS)},
     }
 
 
 def write_scores(file: Path, samples: list[int], prompts: list[str], scores: Scores) -> None:
     """A row for each prompt: its sample, and its image's scores."""
-    columns = {name: scores[name].numpy() for name in sorted(scores.keys() - NOT_SCORES)}
+    columns = {name: scores[name].numpy() for name in sorted(scores)}
     with atomic(file) as temporary:
         parquet.write_table(pa.table({"sample": samples, "prompt": prompts, **columns}), temporary)
 

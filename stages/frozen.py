@@ -130,7 +130,8 @@ def loading() -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise InputError(f"{error.filename}: missing; valid: as save_pretrained writes it") from error
+        told = error.strerror if error.strerror and error.strerror.startswith("missing") else "missing; valid: all of its files"
+        raise InputError(f"{error.filename}: {told}") from error
     except ValueError as error:
         raise InputError(str(error)) from error
 

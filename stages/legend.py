@@ -3,7 +3,7 @@
 from typing import Any
 
 from stages.params import Refs
-from stages.results import RESAMPLED, WATCHED, Result
+from stages.results import WATCHED, Result
 
 PAIRED = """\
 Compared prompt by prompt, on the same noise. less {base}: the mean difference to {base}. wins: the share of prompts on which \
@@ -50,13 +50,13 @@ def legend(result: Result, refs: Refs) -> list[tuple[str, str]]:
     }
     return [
         ("n", f"{len(result.prompts)} test samples, the same prompts and noise for every sampler"),
-        ("±", f"1.96 standard errors (of {', '.join(columns[key] for key in RESAMPLED)} by bootstrap)"),
+        ("±", "1.96 standard errors, of distances and RMSE to first order in what each image adds to them"),
         ("serial, total", "evaluations of the network one after the other, and rows per image"),
         *((columns[key], meanings[key]) for key in columns),
         *((f"protocol of {record['label']}", protocol(record)) for record in result.protocol),
         ("reward", f"what rdpo was trained for: {mixture(result)}"),
         *(("judges", f"{name}: never in the reward, and never learned from; more is better") for name in judges(result)),
-        *((record["name"], f"{record['scale']}; good images have {record['range']}") for record in result.metrics),
+        *((record["name"], f"{record['scale']}; usual: {record['range']}") for record in result.metrics),
         (", ".join(WATCHED), "of the images, 0 to 1: what a reward is easily raised by; neither good nor bad"),
     ]
 

@@ -408,7 +408,6 @@ Refs = Annotated[RealImages | OtherImages, Field(discriminator="source")]
 
 
 class Evaluate(Section):
-    bootstrap: Annotated[int, Field(ge=20)]
     batch_size: Count
     pictures: Annotated[int, Field(ge=1, le=100)]
     ranges: Annotated[int, Field(ge=1, le=10)]

@@ -52,13 +52,13 @@ def rdpo(*, seed: int, guidance_scale: float, compute: Compute, rdpo: RDPOParams
     ranks = Ranks()
     if rdpo.groups % ranks.size:
         raise InputError(f"rdpo.groups: {rdpo.groups} for {ranks.size} ranks; valid: a multiple of the ranks, which split them")
-    with reading(REFS):
-        refs = load_statistics(REFS)
     with reading(DISTILLED):
         distilled = load_predictor(DISTILLED, guidance_scale=guidance_scale)
     policy = new_policy(distilled.table, rdpo, seed)
     asked = {"train": asked_of(rdpo), "validation": range(rdpo.validation)}
     frozen, scorers = load_frozen(guidance_scale, compute, asked), load_scorers(compute)
+    with reading(REFS):
+        refs = load_statistics(REFS, scorers.extractor.width)
     scorers.load()
     watch = Watch(scorers.judges, scorers.watched, scorers.extractor, refs)
     rollouts = Rollouts(frozen, scorers.reward, distilled, seed, rdpo.batch_size)

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from metrics.frechet import (
     Statistics,
-    bootstrap_distances,
-    distance,
     load_statistics,
+    lowest,
     require_images,
     save_statistics,
     statistics,
@@ -22,7 +21,7 @@ from stages.command import command
 from stages.files import BACKBONE, REFS, RESULTS, InputError, atomic, read_tensors, reading, sha256, write_json
 from stages.frozen import DATA, RECORD, load_frozen, loading
 from stages.imagesets import ImageSet, batches, digest, image_set, rule
-from stages.params import Classical, Compute, Evaluate, OtherImages, RealImages, Refs, Sampler
+from stages.params import Classical, Compute, OtherImages, RealImages, Refs, Sampler
 from stages.parts import by_parts, forget
 from stages.ranks import Ranks
 from stages.sampling import Run, classical_solver
@@ -53,9 +52,7 @@ class Reference:
     held_out: Scores
 
 
-def refs(
-    *, seed: int, guidance_scale: float, compute: Compute, samplers: dict[str, Sampler], refs: Refs, evaluate: Evaluate
-) -> None:
+def refs(*, seed: int, guidance_scale: float, compute: Compute, samplers: dict[str, Sampler], refs: Refs) -> None:
     """Mean and covariance of the features of reference images, as npz (mu, sigma) in EDM's format.
 
     These are real images, of the digits, a zip, a folder or a data set, whose statistics may be those of a file, too; or the
@@ -76,7 +73,7 @@ def refs(
         case _:
             raise InputError(f"refs: found {refs}; valid: as conf/ explains")
     if found is not None:
-        write(found, evaluate)
+        write(found)
         forget("refs")
     ranks.close()
 
@@ -130,7 +127,8 @@ def own(
 def real(images: ImageSet, refs: OtherImages, scorers: Scorers, ranks: Ranks) -> Reference | None:
     """Real images, which have no prompts: of the scores only the watched ones; None on all ranks but the first."""
     enough(len(images), scorers)
-    scorers.load()
+    with loading():
+        scorers.extractor.load()  # of real images, nothing else is asked
     found = digest(images)
     checked(found, refs)
 
@@ -139,7 +137,7 @@ def real(images: ImageSet, refs: OtherImages, scorers: Scorers, ranks: Ranks) ->
         rows = list[Scores]()
         for batch in batches(images, refs.batch_size, torch.cuda.is_available(), part):
             watched = {name: score(batch.double() / 255, [""] * len(batch)) for name, score in WATCHED.items()}
-            rows.append({**watched, "features": scorers.extractor(batch)})
+            rows.append({**watched, "features": scorers.features(batch)})
         return {name: torch.cat([each[name] for each in rows]) for name in rows[0]}
 
     work = Work({"refs": refs, "digest": found}, [RECORD], {"batch_size"})
@@ -175,7 +173,7 @@ def enough(count: int, scorers: Scorers) -> None:
         raise InputError(f"refs: {error}") from error
 
 
-def write(found: Reference, evaluate: Evaluate) -> None:
+def write(found: Reference) -> None:
     """The statistics of what was seen, and the means of what was not."""
     with atomic(REFS) as temporary:
         save_statistics(temporary, found.statistics, found.features, found.record)
@@ -183,9 +181,8 @@ def write(found: Reference, evaluate: Evaluate) -> None:
     features = scores.pop("features", None)
     results: dict[str, Any] = {"n": len(next(iter(scores.values()), []))}
     if features is not None:
-        results["frechet_distance"] = distance(statistics(features), found.statistics)
-        resamples = bootstrap_distances(features, found.statistics, evaluate.bootstrap)
-        results["frechet_distance_se"] = float(resamples.std())
+        frechet = lowest(features, found.statistics)
+        results |= {"frechet_distance": frechet.value, "frechet_distance_se": mean_error(frechet.influence)}
     for name, values in scores.items():
         results |= {name: values.mean().item(), f"{name}_se": mean_error(values)}
     write_json(RESULTS / "held_out.json", results)

@@ -18,7 +18,7 @@ from stages.files import RESULTS, TIMES, atomic, reading, sha256
 from stages.legend import PAIRED, legend, origin, unseen, words
 from stages.params import Metrics, Refs, Report, Sampler
 from stages.results import WATCHED, Quantity, Result, read
-from stages.statistics import Paired, paired
+from stages.statistics import Paired, half_interval, paired
 
 MARKDOWN, PAGE = RESULTS / "report.md", RESULTS / "report.html"
 HELD_OUT = RESULTS / "held_out.json"
@@ -117,7 +117,8 @@ def distilled_against(results: dict[str, Result], classical: list[str]) -> list[
     name = min(rivals, key=lambda name: results[name].found["rmse"])
     rival = results[name]
     ratio = learned.found["rmse"][0] / rival.found["rmse"][0]
-    spread = 1.96 * (learned.resamples["rmse"] / rival.resamples["rmse"]).std().item()
+    moved = [result.influences["rmse"] / result.found["rmse"][0] for result in (learned, rival)]
+    spread = ratio * half_interval(moved[0] - moved[1])
     return [
         f"{LEARNED} has {ratio:.2f} ± {spread:.2f} times the RMSE of {name}, the best in that of these classical samplers, "
         f"at {learned.serial} serial evaluations each (total: {learned.total:g} against {rival.total:g}). "
@@ -134,7 +135,7 @@ def tuned_against(results: dict[str, Result]) -> str:
         return interval(found.difference, found.half, 4)
 
     change = tuned.found["frechet_distance"][0] - learned.found["frechet_distance"][0]
-    half = 1.96 * (tuned.resamples["frechet_distance"] - learned.resamples["frechet_distance"]).std().item()
+    half = half_interval(tuned.influences["frechet_distance"] - learned.influences["frechet_distance"])
     rewards = [f"{name} {gain(key)}" for key, name in tuned.scored.items() if key not in (*tuned.judges, *WATCHED)]
     judged = [f"{judge} by the judge {gain(judge)}" for judge in tuned.judges]
     return f"{TUNED} less {LEARNED}, paired: {', '.join([*rewards, f'{tuned.label} {interval(change, half, 3)}', *judged])}."

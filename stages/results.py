@@ -13,7 +13,8 @@ from stages.files import RESULTS, SCORES, read_tensors, reading, require
 from stages.params import Metrics
 
 WATCHED = ("brightness", "saturation")
-RESAMPLED = ("frechet_distance", "distance_to_reference", "rmse")
+DISTANCES = ("frechet_distance", "distance_to_reference")
+INFLUENCE = "_influence"
 ERROR = "_se"
 
 
@@ -38,7 +39,7 @@ class Result:
             for all samplers.
         samples, prompts: of each image, (n,).
         scores: by key, (n,), float64.
-        resamples: by key, (bootstrap,); row i is of the same images for every sampler.
+        influences: by key, (n,): by how much each image moves a distance or the RMSE, to first order, times n.
         pictures: of the first prompts, uint8 (P, C, H, W).
     """
 
@@ -50,7 +51,7 @@ class Result:
     samples: list[int]
     prompts: list[str]
     scores: dict[str, Tensor]
-    resamples: dict[str, Tensor]
+    influences: dict[str, Tensor]
     pictures: Tensor
 
     @property
@@ -129,9 +130,12 @@ def result_of(name: str) -> Result:
         columns = {key: table.column(key).to_pylist() for key in table.column_names}
         samples, prompts = columns.pop("sample"), columns.pop("prompt")
         scores = {key: torch.tensor(values, dtype=torch.float64) for key, values in columns.items()}
+        influences = {key: scores.pop(f"{key}{INFLUENCE}") for key in DISTANCES}
+        squared = scores["squared_error"]
+        influences["rmse"] = (squared - squared.mean()) / (2 * squared.mean().sqrt()).clamp_min(1e-12)  # the reference's is 0
     with reading(SCORES / f"{name}.safetensors") as file:
         tensors, _ = read_tensors(file)
-        pictures, resamples = tensors["pictures"], {key: tensors[f"{key}_bootstrap"] for key in RESAMPLED}
+        pictures = tensors["pictures"]
     with reading(RESULTS / f"{name}.json") as file:
         result = json.loads(file.read_text())
         require(file, "n", result["n"], len(prompts))
@@ -145,6 +149,6 @@ def result_of(name: str) -> Result:
             samples=samples,
             prompts=prompts,
             scores=scores,
-            resamples=resamples,
+            influences=influences,
             pictures=pictures,
         )

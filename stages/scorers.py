@@ -16,13 +16,17 @@ from metrics.frechet import Extractor, judge
 from metrics.log_probability import LogProbability
 from metrics.mixture import Mixture
 from stages.device import device_of
-from stages.files import BACKBONE, reading
+from stages.files import BACKBONE, StageError, reading
 from stages.frozen import DTYPES, RECORD, Record, loading
 from stages.params import MODELS, Compute, Weights
 
 WATCHED: dict[str, Scorer] = {"brightness": brightness, "saturation": saturation}
 
 Scores = dict[str, Tensor]
+
+
+class ScoreError(StageError):
+    """Images cannot be scored."""
 
 
 @dataclass(frozen=True)
@@ -63,10 +67,22 @@ class Scorers:
 
     @torch.no_grad()
     def scores(self, images: Tensor, prompts: Sequence[str]) -> Scores:
-        """Of images (B, C, H, W) in [0, 1] and their prompts every score by its name, (B,), and `features` (B, F); float64."""
+        """Of images (B, C, H, W) in [0, 1] and their prompts every score by its name, (B,), and `features` (B, F); float64.
+
+        Raises:
+            ScoreError: the images are no images, or a score is not finite.
+        """
         every = {**self.metrics, **self.watched}
-        scores = {name: score(images, prompts).double().cpu() for name, score in every.items()}
-        return {**scores, "reward": self.reward.mixed(scores), "features": self.extractor(images)}
+        scores = {name: finite(name, lambda score=score: score(images, prompts)) for name, score in every.items()}
+        return {**scores, "reward": self.reward.mixed(scores), "features": self.features(images)}
+
+    def features(self, images: Tensor) -> Tensor:
+        """Of images (B, C, H, W) in [0, 1] their features (B, F), float64.
+
+        Raises:
+            ScoreError: the images are no images, or their features not finite.
+        """
+        return finite(self.extractor.name, lambda: self.extractor(images))
 
 
 def load_scorers(compute: Compute) -> Scorers:
@@ -86,6 +102,18 @@ def load_scorers(compute: Compute) -> Scorers:
     return Scorers(reward, judges, WATCHED, known.extractor(features), records, known.origin(features))
 
 
+def finite(name: str, score: Callable[[], Tensor]) -> Tensor:
+    """What a metric gives, on the CPU; ScoreError where it cannot, or where that is not finite."""
+    try:
+        found = score().double().cpu()
+    except ValueError as error:
+        raise ScoreError(f"{name}: {error}") from error
+    bad = (~found.isfinite().flatten(1).all(1) if found.ndim > 1 else ~found.isfinite()).nonzero().flatten().tolist()
+    if bad:
+        raise ScoreError(f"{name}: not finite for {len(bad)} of {len(found)} images, by row {bad[:4]}; valid: finite numbers")
+    return found
+
+
 class _Metrics:
     """Metrics by their names; what two of them are made of is loaded once."""
 
@@ -96,7 +124,6 @@ class _Metrics:
 
     def metric(self, name: str) -> Metric:
         """The metric of that name. Those of images are imported here: transformers and open_clip take seconds, digits none."""
-        where = {"device": self.device, "dtype": self.dtype}
         match name:
             case "log_probability":
                 return LogProbability(BACKBONE / "reward.safetensors")
@@ -105,15 +132,15 @@ class _Metrics:
             case "hps":
                 from metrics.hps import HPS
 
-                return self.of(HPS, "hps", **where)
+                return self.of(HPS, "hps")
             case "image_reward":
                 from metrics.image_reward import ImageReward
 
-                return self.of(ImageReward, "image_reward", "bert", **where)
+                return self.of(ImageReward, "image_reward", "bert")
             case "mps":
                 from metrics.mps import MPS
 
-                return self.of(MPS, "mps", "clip_h14", **where)
+                return self.of(MPS, "mps", "clip_h14")
             case "pick_score":
                 from metrics.clip import PickScore
 
@@ -145,10 +172,10 @@ class _Metrics:
                     return inception(self.folder("inception"), self.device)
         raise ValueError(f"{RECORD}: features {name!r}; valid: accuracy, clip_l14, inception")
 
-    def of(self, kind: Callable[..., Metric], *models: str, **where: Any) -> Metric:
+    def of(self, kind: Callable[..., Metric], *models: str) -> Metric:
         """A metric of these models' folders."""
         with loading():
-            return kind(*map(self.folder, models), **where)
+            return kind(*map(self.folder, models), self.device, self.dtype)
 
     def _clip(self, model: str) -> Any:
         from metrics.clip import Clip

@@ -25,9 +25,9 @@ from metrics.frechet import (
     TOOL,
     Registered,
     Statistics,
-    bootstrap_distances,
     distance,
     inception,
+    influence,
     judge,
     kernel_distance,
     label,
@@ -38,11 +38,11 @@ from metrics.frechet import (
     precision_recall,
     ranges_of,
     require_images,
-    resampled,
     save_statistics,
     statistics,
 )
 from metrics.judge_features import LAYER
+from stages.statistics import mean_error
 
 FORCED = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
@@ -372,25 +372,53 @@ def test_a_file_that_is_no_npz_is_refused(tmp_path: Path) -> None:
             load_statistics(file)
 
 
-# ---- ranges and resampling
+# ---- ranges and standard errors
 
 
-def test_bootstrap_gives_the_standard_error() -> None:
-    """Distances of 40 independent samples of the same size spread as the bootstrap of one of them says."""
-    rng = torch.Generator().manual_seed(0)
-    other = {"mu": np.full(2, 3.0), "sigma": np.eye(2)}
-    samples = [torch.randn(500, 2, generator=rng, dtype=torch.float64) for _ in range(40)]
-    spread = np.std([distance(statistics(sample), other) for sample in samples])
-    assert bootstrap_distances(samples[0], other, 200).std() == pytest.approx(spread, rel=0.35)
+@pytest.mark.parametrize(("width", "n"), [(2, 500), (24, 60), (24, 200)])
+@pytest.mark.parametrize("moving", [False, True])
+def test_influences_give_the_standard_error(width: int, n: int, moving: bool) -> None:
+    """Distances of 150 independent sets of n images spread as the influences in one of them say, with few images, too."""
+    rng = np.random.default_rng(0)
+    scales, spread, errors = np.linspace(0.5, 2, width), list[float](), list[float]()
+    for _ in range(150):
+        noise = rng.standard_normal((n, width))
+        features = torch.from_numpy(noise * scales + 0.2)
+        of_same_noise = torch.from_numpy(noise + 0.3 * rng.standard_normal((n, width)))
+        found = lowest(features, of_same_noise if moving else {"mu": np.zeros(width), "sigma": np.eye(width)})
+        spread.append(found.value)
+        errors.append(mean_error(found.influence))
+    assert float(np.mean(errors)) == pytest.approx(float(np.std(spread)), rel=0.25)
 
 
-def test_bootstrap_is_paired() -> None:
-    """The same rows are drawn for every sampler, so a constant shift leaves the difference almost without spread."""
-    features, other = normal(500, 2), {"mu": np.zeros(2), "sigma": np.eye(2)}
-    assert bootstrap_distances(features, features, 5) == pytest.approx(np.zeros(5), abs=1e-9)
-    assert bootstrap_distances(features, features, 5, 2) == pytest.approx(np.zeros(5), abs=1e-9)
-    shifted = bootstrap_distances(features + 1e-3, other, 50) - bootstrap_distances(features, other, 50)
-    assert shifted.std() < 0.01 * bootstrap_distances(features, other, 50).std() + 1e-3
+def test_influences_are_derivatives() -> None:
+    """Of the distance by the weight of an image, in which all others lose theirs."""
+    features, other = normal(40, 3), {"mu": np.ones(3), "sigma": np.diag([1.0, 2.0, 0.5])}
+    step, found = 1e-5, influence(features, other)
+    assert found.mean().item() == pytest.approx(0, abs=1e-12)
+
+    def weighted(image: int, weight: float) -> float:
+        weights = np.full(40, (1 - weight) / 40)
+        weights[image] += weight
+        mu = weights @ features.numpy()
+        centred = features.numpy() - mu
+        return distance({"mu": mu, "sigma": (centred * weights[:, None]).T @ centred}, other)
+
+    for image in range(0, 40, 7):
+        slope = (weighted(image, step) - weighted(image, -step)) / (2 * step)
+        assert found[image].item() == pytest.approx(slope, rel=0.05, abs=0.05)  # of the sum over n, not n - 1
+
+
+def test_influences_are_paired() -> None:
+    """Those of nearly the same images nearly cancel; an image moves a distance to itself nowhere."""
+    features, other = normal(500, 2), {"mu": np.ones(2), "sigma": np.eye(2)}
+    assert influence(features, features).abs().max() < 1e-9
+    change = influence(features + 1e-3, other) - influence(features, other)
+    assert mean_error(change) < 0.01 * mean_error(influence(features, other))
+
+
+def test_influences_of_as_many_images_as_features_are_finite() -> None:
+    assert bool(influence(normal(8, 8), {"mu": np.zeros(8), "sigma": np.eye(8)}).isfinite().all())
 
 
 def test_ranges_are_consecutive() -> None:
@@ -404,27 +432,21 @@ def test_ranges_are_consecutive() -> None:
 def test_the_lowest_of_three_is_edms() -> None:
     features, other = normal(300, 2), {"mu": np.ones(2), "sigma": np.eye(2)}
     features[:100] += 0.5
-    found, each = lowest(features, other, 3)
-    assert each == [distance(statistics(part), other) for part in features.split(100)]
-    assert found == min(each) == each[0]
-    assert lowest(features, other) == (distance(statistics(features), other), [distance(statistics(features), other)])
-    assert lowest(features, features, 3)[0] == pytest.approx(0, abs=1e-9)
+    found = lowest(features, other, 3)
+    assert found.each == [distance(statistics(part), other) for part in features.split(100)]
+    assert found.value == min(found.each) == found.each[0]
+    assert lowest(features, other).each == [distance(statistics(features), other)]
+    assert lowest(features, features, 3).value == pytest.approx(0, abs=1e-9)
 
 
-def test_resamples_stay_in_their_range() -> None:
-    for rows in resampled(60, 5, 3):
-        assert [set((part // 20).tolist()) for part in rows.split(20)] == [{0}, {1}, {2}]
-        assert not torch.equal(rows[:20] + 20, rows[20:40])  # ranges are drawn apart
-    for resample, rows in enumerate(resampled(60, 3)):
-        assert rows.tolist() == np.random.default_rng([60, resample]).integers(0, 60, 60).tolist()
-
-
-def test_bootstrap_of_ranges_is_of_their_lowest() -> None:
+def test_only_the_lowest_range_moves_the_lowest_distance() -> None:
     features, other = normal(300, 2), {"mu": np.ones(2), "sigma": np.eye(2)}
-    expected = [lowest(features[rows], other, 3)[0] for rows in resampled(300, 4, 3)]
-    assert bootstrap_distances(features, other, 4, 3).tolist() == expected
-    naive = [distance(statistics(features[rows]), other) for rows in resampled(300, 4)]
-    assert bootstrap_distances(features, other, 4).tolist() == naive
+    features[:100] += 0.5
+    found = lowest(features, other, 3).influence
+    assert not found[100:].any()
+    alone = influence(features[:100], other)
+    assert torch.allclose(found[:100], 3 * alone)
+    assert mean_error(found) == pytest.approx(mean_error(alone), rel=0.01)
 
 
 @pytest.mark.parametrize(

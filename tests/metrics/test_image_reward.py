@@ -2,14 +2,9 @@ import json
 import os
 import pickle
 import shutil
-import sys
 import warnings
 from collections.abc import Callable
-from contextlib import chdir
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -35,11 +30,9 @@ with warnings.catch_warnings():  # of transformers' own imports
         saved_image_reward,
     )
     from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
-    from transformers import modeling_utils, pytorch_utils
     from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-    from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
-    from transformers.utils import logging
 
+    from bench.packages import Sizes, image_reward
     from metrics.image_reward import MEAN, STD, ImageReward, centred
     from metrics.images import cropped, normalised
 
@@ -47,8 +40,6 @@ PROMPTS = ["a lighthouse at dusk", "A Boat, by [ENC] café [DEC]", "the same sea
 GOLDEN_PROMPT = "a painting of an ocean with clouds and birds, day time, low depth field effect"
 GOLDENS = [0.5811622738838196, 0.2745276093482971, -1.4131819009780884, -2.029569625854492]
 """What the image-reward package's authors print for the images 1.webp to 4.webp of their repository."""
-
-PARTS = ["blip", "blip_pretrain", "vit", "med"]
 
 
 @pytest.fixture(scope="module")
@@ -82,60 +73,13 @@ def files(images: Tensor) -> list[Image.Image]:
     return [Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy()) for image in images]
 
 
-class Tokenizer(BertTokenizerLegacy):
-    """BERT's in Python, as it was when the package was written; with what has gone from it since."""
-
-    @property
-    def additional_special_tokens_ids(self) -> list[Any]:
-        return [self.convert_tokens_to_ids("[ENC]")]
-
-
-def no_head_mask(model: nn.Module, mask: None, layers: int) -> list[None]:
-    return [None] * layers
-
-
-def inverted(model: Any, mask: Tensor) -> Tensor:
-    return (1 - mask[:, None, None, :].to(model.dtype)) * torch.finfo(model.dtype).min
-
-
 @pytest.fixture(scope="module")
 def package(folder: Path, bert: Path) -> Any:
-    """The image-reward package's own ImageReward, in small, with the same weights.
-
-    Its code is unmodified. What has gone from transformers since is put back; what else its __init__ files import is left out.
-    """
-    spec = find_spec("ImageReward")
-    assert spec is not None
-    assert spec.origin is not None
-    place, verbosity = Path(spec.origin).parent, logging.get_verbosity()
-    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for name, path in {"ImageReward": place, "ImageReward.models": place / "models"}.items():
-            module = ModuleType(name)
-            module.__path__ = [str(path)]
-            patch.setitem(sys.modules, name, module)
-        for name in ("apply_chunking_to_forward", "prune_linear_layer"):
-            patch.setattr(modeling_utils, name, vars(pytorch_utils)[name], raising=False)
-        patch.setattr(modeling_utils, "find_pruneable_heads_and_indices", None, raising=False)  # never called
-        reward = import_module("ImageReward.ImageReward")
-        blip, pretrain, vit, med = (import_module(f"ImageReward.models.BLIP.{name}") for name in PARTS)
-        for name in [name for name in sys.modules if name.startswith("ImageReward.")]:
-            del sys.modules[name]
-
-        med.BertPreTrainedModel.get_head_mask = no_head_mask
-        med.BertPreTrainedModel.invert_attention_mask = inverted
-        med.BertPreTrainedModel.init_weights = lambda model: None  # they are loaded
-        vision = vit.VisionTransformer(IMAGE, PATCH, embed_dim=WIDTH, depth=LAYERS, num_heads=WIDTH // 64)
-        transform, head = reward._transform, reward.MLP
-        patch.setattr(blip, "BertTokenizer", Tokenizer)
-        patch.setattr(pretrain, "create_vit", lambda *sizes: (vision, WIDTH))
-        patch.setattr(reward, "_transform", lambda size: transform(IMAGE))
-        patch.setattr(reward, "MLP", lambda width: head(HIDDEN))
-        with chdir(bert.parent):
-            model = reward.ImageReward(folder / "med_config.json")
-    logging.set_verbosity(verbosity)
+    """The image-reward package's own ImageReward, in small, with the same weights."""
+    sizes = Sizes(image=IMAGE, patch=PATCH, width=WIDTH, hidden=HIDDEN, layers=LAYERS)
+    model = image_reward(folder / "med_config.json", bert, sizes=sizes)
     model.load_state_dict(torch.load(folder / "ImageReward.pt", weights_only=True), strict=True)
-    return model.eval()
+    return model
 
 
 @pytest.mark.parametrize("shape", [(IMAGE, IMAGE), (20, 20), (51, 37), (40, 96), (IMAGE, 39), (101, 99)])

@@ -43,7 +43,6 @@ def small() -> dict[str, Any]:
     params["samplers"] = {name: params["samplers"][name] for name in ("reference", "euler", "heun", "distilled", "rdpo")}
     params["samplers"]["reference"]["num_steps"] = 5
     params["sample"] |= {"seeds": "0-99", "batch_size": 64}
-    params["evaluate"] |= {"bootstrap": 20}
     params["prompts"]["file"] = str(ROOT / params["prompts"]["file"])
     return params
 

@@ -571,3 +571,72 @@ def test_an_etag_of_a_key_of_ones_own_is_no_md5(bucket: str, tmp_path: Path, mon
     s3.call_s3("put_object", Bucket=bucket, Key="m/config.json", Body=b"{}", ServerSideEncryption="aws:kms")
     origin.get(["config.json"], tmp_path / "out")
     assert contents(tmp_path / "out") == {"config.json": b"{}"}
+
+
+def test_metrics_files_are_chosen() -> None:
+    """Of repositories that hold much else."""
+    others = ["README.md", "model.bin", "tokenizer.json", "other.pt"]
+    files = [*others, "HPS_v2.1_compressed.pt", "HPS_v2_compressed.pt"]
+    assert fetch.metric_files("hps", files, None, "hub") == ["HPS_v2.1_compressed.pt"]
+    assert "open_clip_config.json" in fetch.metric_files("hps", [*files, "open_clip_config.json"], None, "folder")
+    bert = [
+        "config.json",
+        "vocab.txt",
+        "tokenizer.json",
+        "pytorch_model.bin",
+        "model.safetensors",
+        "coreml/fill-mask/config.json",
+    ]
+    assert fetch.metric_files("bert", bert, None, "hub") == ["config.json", "tokenizer.json", "vocab.txt"]
+    clip = ["config.json", "merges.txt", "vocab.json", "model.safetensors", "open_clip_pytorch_model.bin"]
+    assert fetch.metric_files("clip_h14", clip, None, "hub") == ["config.json", "merges.txt", "vocab.json"]
+    assert "model.safetensors" in fetch.metric_files("clip_l14", clip, None, "hub")
+    assert fetch.metric_files("image_reward", ["ImageReward.pt", "med_config.json", "x"], None, "hub") == [
+        "ImageReward.pt",
+        "med_config.json",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("model", "files", "message"),
+    [
+        (
+            "hps",
+            ["HPS_v2_compressed.pt"],
+            r"there: found no HPS_v2.1_compressed.pt among HPS_v2_compressed.pt; valid: hps's as pub",
+        ),
+        ("image_reward", ["ImageReward.pt"], r"there: found no med_config.json among ImageReward.pt; valid: image_reward's"),
+        ("mps", [], r"there: found no MPS_overall_checkpoint.pth among nothing; valid: mps's as published"),
+        (
+            "bert",
+            ["config.json"],
+            r"there: found no tokenizer among config.json; valid: config.json, vocab.txt, tokenizer.json",
+        ),
+        ("clip_l14", ["config.json", "pytorch_model.bin"], r"pickles are refused"),
+    ],
+)
+def test_what_a_metric_lacks_is_named(model: str, files: list[str], message: str) -> None:
+    with pytest.raises(FetchError, match=message):
+        fetch.metric_files(model, files, None, "there")
+
+
+@pytest.mark.parametrize("kept", [0, 3, 0.5, 0.99])
+def test_truncated_checkpoints_are_named(kept: float, tmp_path: Path) -> None:
+    file = tmp_path / "ImageReward.pt"
+    torch.save({"a": torch.zeros(1000)}, file)
+    fetch.check_weights(tmp_path)
+    whole = file.read_bytes()
+    file.write_bytes(whole[: int(kept if kept > 1 else kept * len(whole))])
+    with pytest.raises(FetchError, match=r"ImageReward.pt: found \d+ bytes, damaged; valid: what torch.save writes"):
+        fetch.check_weights(tmp_path)
+
+
+def test_what_is_fetched_is_what_metrics_read() -> None:
+    from metrics import aesthetic, frechet, hps, image_reward, mps
+    from stages.params import MODELS, WEIGHTLESS
+
+    files = {name: needed[0] for name, (needed, _) in fetch.ONE_FILE.items()}
+    modules = {"hps": hps, "image_reward": image_reward, "aesthetic": aesthetic, "mps": mps, "inception": frechet}
+    assert files == {name: module.FILE for name, module in modules.items()}
+    assert set(fetch.WEIGHTLESS_MODELS) == WEIGHTLESS
+    assert {*files, *WEIGHTLESS} < {model for models in MODELS.values() for model in models}

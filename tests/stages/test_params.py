@@ -226,7 +226,7 @@ def of(backbone: str, *changes: Callable[[dict[str, Any]], None]) -> Callable[[d
         ),
         (
             of("sd15", put("metrics.reward", {"hps": 0.5, "clip_score": 0.5}), put("metrics.judges", ["mps"])),
-            "metrics: features: found clip_l14, of which clip_l14 is what the reward's clip_score is made of, too; valid: what sha",
+            "metrics: features: found clip_l14, of which clip_l14 is what the reward's clip_score is made of",
         ),
         (
             of(
@@ -235,13 +235,19 @@ def of(backbone: str, *changes: Callable[[dict[str, Any]], None]) -> Callable[[d
                 put("metrics.judges", ["mps", "clip_score"]),
                 put("metrics.features", "inception"),
             ),
-            "metrics: judges: found clip_score, of which clip_l14 is what the reward's aesthetic is made of, too; valid: what sha",
+            "metrics: judges: found clip_score, of which clip_l14 is what the reward's aesthetic is made",
         ),
         (of("sd15", same_weights), "metrics: weights: found the reward's, hps, for pick_score; valid: weights of its own"),
         (of("sd15", put("metrics.features", "inception")), "sample.seeds: found 1000 images; valid: 2048 or more, for metri"),
         (of("sd15", put("metrics.judges", ["mps", "mps"])), "metrics: judges: found mps twice; valid: each once"),
-        (put("metrics.reward", {"log_probability": 0.0}), "metrics: reward: found {'log_probability': 0.0}; valid: a weight abo"),
-        (put("metrics.reward", {"log_probability": -1.0}), "metrics.reward.log_probability: found -1.0; valid: greater than or"),
+        (
+            put("metrics.reward", {"log_probability": 0.0}),
+            "metrics: reward: found {'log_probability': 0.0}; valid: a weig",
+        ),
+        (
+            put("metrics.reward", {"log_probability": -1.0}),
+            "metrics.reward.log_probability: found -1.0; valid: greater than or",
+        ),
         (of("sd15", put("metrics.reward", {"hpsv3": 1.0})), "valid: 'log_probability' or 'accuracy'"),
         (put("report.base", "eular"), "report.base: found 'eular'; valid: distilled, dpm_solver_2,"),
         (put("evaluate.ranges", 3), "evaluate.ranges: found 3 for 4096 images; valid: what divides them"),

@@ -270,7 +270,9 @@ def test_text_to_image_models_encode_a_prompt_once_and_get_no_gradient(family: s
     guidance_scale = 1.0 if family == "flux" else 3.0
     sigmas = logsnr(4, 0.03, 14.6) if family == "sd15" else flowmatch(4, 0.01, 1.0, 3.0)
     table, model = EPD(4, 2, 0.0, 0.0).requires_grad_(False).table(), Backbone(family, None, "none")
-    rollouts = Rollouts(frozen_of(backend), mixed(nearer_half), Predictor(table, sigmas, False, model, guidance_scale, {}), 0, 64)
+    rollouts = Rollouts(
+        frozen_of(backend), mixed(nearer_half), Predictor(table, sigmas, False, model, guidance_scale, {}), 0, 64
+    )
     policy = Policy(table, Spread(50.0), 16, 1)
     batch = rollouts.batch(policy, policy.draw(np.random.default_rng(0), 8), 0, 2, 4, "shared", slice(None))
     assert batch.rewards.std() > 0

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import math
+import random
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -95,9 +96,17 @@ def scores_of(sampler: str, names: list[str]) -> dict[str, list[float]]:
     return dict(zip(names, noise.tolist(), strict=True)) | {"saturation": [0.0] * N}
 
 
+def moved_of(sampler: str) -> dict[str, list[float]]:
+    """Made up, too: squared errors, and by how much each image moves the distances."""
+    draw = random.Random(sampler)
+    names = ("squared_error", "frechet_distance_influence", "distance_to_reference_influence")
+    return {name: [draw.random() for _ in range(N)] for name in names}
+
+
 def write_scores(sampler: str, samples: list[int], prompts: list[str], scores: dict[str, list[float]]) -> None:
-    columns = {"sample": pyarrow.array(samples, pyarrow.int64()), "prompt": prompts, "squared_error": [0.01] * len(prompts)}
-    pyarrow.parquet.write_table(pyarrow.table(columns | scores), f"data/scores/{sampler}.parquet")
+    columns = {"sample": pyarrow.array(samples, pyarrow.int64()), "prompt": prompts}
+    moved = {name: values[: len(prompts)] for name, values in moved_of(sampler).items()}
+    pyarrow.parquet.write_table(pyarrow.table(columns | moved | scores), f"data/scores/{sampler}.parquet")
 
 
 def change_result(sampler: str, **values: Any) -> None:
@@ -112,12 +121,8 @@ def write(names: list[str], metrics: list[dict[str, Any]], shape: tuple[int, int
     for i, sampler in enumerate(SAMPLERS):
         scores = scores_of(sampler, names)
         write_scores(sampler, SAMPLES, PROMPTS, scores)
-        resamples = {
-            f"{name}_bootstrap": 1 + i + torch.rand(20, generator=generator, dtype=torch.float64)
-            for name in ("frechet_distance", "distance_to_reference", "rmse")
-        }
         pictures = torch.randint(0, 256, (PICTURES, *shape), generator=generator, dtype=torch.uint8)
-        write_tensors(Path(f"data/scores/{sampler}.safetensors"), {**resamples, "pictures": pictures})
+        write_tensors(Path(f"data/scores/{sampler}.safetensors"), {"pictures": pictures})
         distances = {"frechet_distance": 1.5 + i, "distance_to_reference": 0.25 * i, "rmse": 0.125 * i}
         cost = {"serial_evaluations": SERIAL[sampler], "total_evaluations": 1.5 * SERIAL[sampler]}
         protocol = {
@@ -346,12 +351,17 @@ def test_samplers_are_paired_with_the_base(here: Path, base: str) -> None:
 
 def test_findings_compare_the_learned_samplers(done: Done) -> None:
     markdown = done.markdown
-    resamples = {name: done.tensors(name) for name in SAMPLERS}
-    ratios = (resamples["distilled"]["rmse_bootstrap"] / resamples["euler"]["rmse_bootstrap"]).tolist()
-    assert f"distilled has {0.25 / 0.125:.2f} ± {1.96 * statistics.stdev(ratios):.2f} times the RMSE of euler" in markdown
+    rmse, moved = {"distilled": 0.25, "euler": 0.125}, {name: moved_of(name) for name in SAMPLERS}
+    # to first order: the RMSE r of squared errors e moves by e / 2 r, and a ratio by the difference of relative moves
+    relative = [
+        [e / (2 * statistics.mean(moved[name]["squared_error"]) ** 0.5 * rmse[name]) for e in moved[name]["squared_error"]]
+        for name in rmse
+    ]
+    wide = 1.96 * 2 * statistics.stdev([one - other for one, other in zip(*relative, strict=True)]) / N**0.5
+    assert f"distilled has 2.00 ± {wide:.2f} times the RMSE of euler" in markdown
     assert "at 5 serial evaluations each (total: 7.5 against 7.5)" in markdown
-    frechet = (resamples["rdpo"]["frechet_distance_bootstrap"] - resamples["distilled"]["frechet_distance_bootstrap"]).tolist()
-    wide = 1.96 * statistics.stdev(frechet)
+    frechet = [moved[name]["frechet_distance_influence"] for name in ("rdpo", "distilled")]
+    wide = 1.96 * statistics.stdev([one - other for one, other in zip(*frechet, strict=True)]) / N**0.5
     assert f"FD-{N} +1.000 [{1 - wide:+.3f}, {1 + wide:+.3f}]" in markdown
     for name, key in {"hps (reward)": "hps", "reward": "reward", "aesthetic by the judge": "aesthetic"}.items():
         assert f"{name} {' '.join(comparison(key, 'rdpo', 'distilled')[i] for i in (1, 3))}" in markdown
@@ -362,13 +372,13 @@ def test_the_legend_says_what_the_numbers_are(done: Done) -> None:
     markdown, page = done.markdown, done.page
     assert f"n: {N} test samples" in markdown
     assert f"FD-{N}: Frechet distance to other images of the reference" in markdown
-    assert f"1.96 standard errors (of FD-{N}, FD to reference, RMSE by bootstrap)" in markdown
+    assert "±: 1.96 standard errors" in markdown
     assert f"extractor: features; weights: w; resize: none; n: {N}; seeds: 7-{6 + N}; ranges: 1" in markdown
     assert f"reference: source a set, n 9, sha256 {'1' * 64}" in markdown
     assert "The lowest of" not in markdown
     assert "(1 × hps + 0.5 × pick_score / 26) / 1.5" in markdown
     assert "judges: clip_score, aesthetic: never in the reward" in markdown
-    assert "aesthetic: scale of aesthetic, a | b; good images have 0.1 to 0.35" in markdown
+    assert "aesthetic: scale of aesthetic, a | b; usual: 0.1 to 0.35" in markdown
     assert [name for name, _ in page.tables].count("record") == 5
     assert ["models", f"model hps, id org/hps, sha256 {'0' * 64}"] in page.of("record")[1]
 

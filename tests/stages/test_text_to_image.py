@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -24,6 +25,7 @@ with warnings.catch_warnings():  # of diffusers' and transformers' own imports
 from solvers import load_predictor
 from stages import weights
 from stages.files import CheckpointError, InputError, StageError
+from stages.imagesets import image_set
 from stages.params import load_params
 from stages.prompts import Prompts
 
@@ -356,6 +358,106 @@ def test_other_learned_families_compose_with_a_pipeline(family: str, here: Path,
     write(params)
     run("distill", [])
     assert load_predictor(Path("models/distilled")).backbone.name == "tiny/sd3"
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Real images in the places that they may be in: 30 of them, of 20 x 24 pixels."""
+    from datasets import Dataset, Features
+    from datasets import Image as Images
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("pictures")
+    pixels = torch.rand(30, 20, 24, 3, generator=torch.Generator().manual_seed(0)).mul(255).byte().numpy()
+    for i, image in enumerate(pixels):
+        file = folder / f"folder/{i % 3}/{i:02d}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(file)
+    shutil.make_archive(str(folder / "pictures"), "zip", folder / "folder")
+    files = sorted(str(file) for file in (folder / "folder").rglob("*.png"))
+    found = Dataset.from_dict({"picture": files}, Features({"picture": Images()}))
+    found.save_to_disk(folder / "dataset")
+    return folder
+
+
+PLACES = {"folder": "folder", "zip": "pictures.zip", "dataset": "dataset"}
+
+
+@pytest.mark.parametrize("kind", PLACES)
+def test_distances_are_to_real_images(kind: str, pictures: Path, here: Path, change: Callable[..., None]) -> None:
+    from metrics.frechet import load_statistics, statistics
+    from stages.scorers import load_scorers
+
+    where = {"refs__source": kind, "refs__path": str(pictures / PLACES[kind]), "refs__size": 16, "refs__images": 25}
+    change(**where)
+    run("refs", [])
+    run("evaluate", ["distilled"])
+    reference = json.loads(Path("results/distilled.json").read_text())["protocol"][0]["reference"]
+    assert (reference["source"], reference["images"]) == (kind, 25)
+    assert reference["cut"] == "shorter side to 16 pixels by PIL's bicubic, centre"
+    found = load_statistics(Path("data/refs.npz"))
+    extractor, images = load_scorers(load_params().compute).extractor, image_set(kind, where["refs__path"], 16)  # type: ignore[arg-type]
+    expected = statistics(extractor(torch.stack([images[i] for i in range(25)])))
+    assert all(np.allclose(found[name], expected[name], atol=1e-6) for name in ("mu", "sigma"))
+    held_out = json.loads(Path("results/held_out.json").read_text())
+    assert held_out.keys() == {"n", "brightness", "brightness_se", "saturation", "saturation_se"}, "they have no prompts"
+    for sampler in ("reference", "rdpo"):
+        run("evaluate", [sampler])
+    run("report", [])
+    assert "Frechet distance to the reference set" in Path("results/report.md").read_text()
+    change(**where, refs__sha256=reference["sha256"])
+    run("refs", [])
+    change(**where, refs__sha256="0" * 64)
+    with pytest.raises(InputError, match=rf"refs.sha256: found {reference['sha256']} for .*; valid: 0000"):
+        run("refs", [])
+
+
+def test_statistics_of_others(here: Path, change: Callable[..., None]) -> None:
+    """As EDM's files have them: mu and sigma alone."""
+    with np.load("data/refs.npz") as found:
+        np.savez("edm.npz", mu=found["mu"], sigma=found["sigma"])
+    before = json.loads(Path("results/distilled.json").read_text())
+    change(refs__source="statistics", refs__path="edm.npz", refs__images=50000)
+    run("refs", [])
+    run("evaluate", ["distilled"])
+    after = json.loads(Path("results/distilled.json").read_text())
+    assert after["frechet_distance"] == pytest.approx(before["frechet_distance"], rel=1e-9)
+    assert after["protocol"][0]["reference"]["images"] == 50000
+    assert "kernel_distance" in before
+    assert not {"kernel_distance", "precision", "recall"} & after.keys(), "which take features"
+    np.savez("other.npz", mu=np.zeros(3), sigma=np.eye(3))
+    change(refs__source="statistics", refs__path="other.npz", refs__images=50000)
+    with pytest.raises(InputError, match=r"other.npz: found statistics of 3 features; valid: 8"):
+        run("refs", [])
+
+
+def test_too_few_images_for_a_distance(here: Path, change: Callable[..., None]) -> None:
+    change(refs__images=7)
+    with pytest.raises(InputError, match=r"refs: images: 7 for 8 features; valid: at least 8"):
+        run("refs", [])
+    change(evaluate__ranges=2)
+    with pytest.raises(InputError, match=r"sample.seeds: images: 5 for 8 features; valid: at least 8"):
+        run("evaluate", ["distilled"])
+
+
+def test_a_mixed_reward(here: Path, change: Callable[..., None]) -> None:
+    """Weighted as published, each metric's mean logged, and marked in the report."""
+    weights_of = {"hps": 1.0, "pick_score": 0.5, "image_reward": 0.0}
+    change(metrics__reward=weights_of, metrics__judges=["image_reward", "mps"], rdpo__method="cma_es", rdpo__tables=4)
+    for stage, arguments in (STAGES[0], STAGES[1], ("rdpo", []), *(("evaluate", [name]) for name in SAMPLERS), ("report", [])):
+        run(stage, arguments)
+    (log,) = Path("data/logs").glob("rdpo*.jsonl")
+    for line in map(json.loads, log.read_text().splitlines()):
+        assert line["reward"] == pytest.approx((line["reward_hps"] + 0.5 * line["reward_pick_score"] / 26) / 1.5)
+        validated = (line["validation_hps"] + 0.5 * line["validation_pick_score"] / 26) / 1.5
+        assert line["validation_reward"] == pytest.approx(validated)
+    assert Path("data/live/rdpo/plots/metrics/reward_pick_score.tsv").exists()
+    found = parquet.read_table("data/scores/rdpo.parquet").to_pandas()
+    assert found["reward"].tolist() == pytest.approx(((found["hps"] + 0.5 * found["pick_score"] / 26) / 1.5).tolist())
+    head = Path("results/report.md").read_text().splitlines()[0]
+    assert "| hps (reward)" in head
+    assert "| pick_score (reward) | image_reward | mps" in " ".join(head.split())
+    assert "| reward |" in " ".join(head.split())
 
 
 # --- what is wrong
