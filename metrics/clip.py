@@ -1,7 +1,8 @@
 """CLIP's scores of images and prompts, and its features of images: any CLIPModel of transformers, from a folder."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers.utils import logging
 
 from metrics import Card
 from metrics.images import check, cropped, normalised
-from metrics.state import cast, reading, require
+from metrics.state import cast, check_tokenizer, reading, require, shown
 from metrics.texts import Texts
 
 ROWS = 64
@@ -194,6 +196,7 @@ def clip_config(folder: Path) -> CLIPConfig:
 def clip_tokenizer(folder: Path, config: CLIPConfig) -> CLIPTokenizer:
     """A folder's tokenizer, which fits a configuration."""
     text: Any = config.text_config
+    check_tokenizer(folder)
     with reading(f"{folder}: tokenizer"):
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         if len(tokenizer) > text.vocab_size:
@@ -205,7 +208,7 @@ def clip_tokenizer(folder: Path, config: CLIPConfig) -> CLIPTokenizer:
 
 
 def _model(folder: Path, config: CLIPConfig) -> CLIPModel:
-    with reading(folder / "model.safetensors"):
+    with reading(folder / "model.safetensors"), _quiet():
         loaded: Any = CLIPModel.from_pretrained(
             folder,
             config=config,
@@ -217,7 +220,18 @@ def _model(folder: Path, config: CLIPConfig) -> CLIPModel:
         )
         model, found = loaded
         # transformers draws at random what a file lacks. It leaves out the position_ids that its old versions wrote.
-        wrong = {what: sorted(map(str, names)) for what, names in found.items() if names}
+        wrong = [f"{what}: {shown(sorted(map(str, names)))}" for what, names in found.items() if names]
         if wrong:
-            raise ValueError(f"{wrong}; valid: exactly the weights of config.json")
+            raise ValueError(f"{'; '.join(wrong)}; valid: exactly the weights of config.json")
     return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' own report of what did not fit, of a line for each weight."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

@@ -185,6 +185,8 @@ def load_statistics(file: Path, width: int | None = None) -> Statistics:
     mu, sigma = found["mu"], found["sigma"]
     if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or not len(mu):
         raise ValueError(f"{file}: found mu {mu.shape}, sigma {sigma.shape}; valid: {VALID}")
+    if not np.allclose(sigma, sigma.T, atol=1e-6 * float(np.abs(sigma).max())) or sigma.diagonal().min() < 0:
+        raise ValueError(f"{file}: found a sigma that is no covariance; valid: {VALID}")
     if width is not None and len(mu) != width:
         raise ValueError(f"{file}: found statistics of {len(mu)} features; valid: {width}, as the extractor has")
     return found

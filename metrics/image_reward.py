@@ -14,7 +14,7 @@ from metrics import Card
 from metrics.clip import PREPROCESSING, ROWS
 from metrics.head import Head
 from metrics.images import check, levels, normalised, resized
-from metrics.state import SHOWN, load_exactly, read_state, reading, require
+from metrics.state import SHOWN, check_tokenizer, load_exactly, read_state, reading, require
 
 FILE, CONFIG = "ImageReward.pt", "med_config.json"
 
@@ -102,6 +102,7 @@ class ImageReward:
 
     @cached_property
     def tokenizer(self) -> BertTokenizer:
+        check_tokenizer(self.vocabulary)
         with reading(f"{self.vocabulary}: tokenizer"):
             tokenizer = BertTokenizer.from_pretrained(self.vocabulary, local_files_only=True)
             # no prompt begins with either; but if their names stand in one, they are what it is read as

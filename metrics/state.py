@@ -1,6 +1,7 @@
 """Weights of frozen models: read without executing anything, and loaded whole or not at all."""
 
 import errno
+import json
 import pickle
 import struct
 from collections.abc import Collection, Iterator, Mapping
@@ -69,7 +70,7 @@ def load_exactly(module: nn.Module, state: Mapping[str, Tensor], file: Path, ign
         ],
     }
     if any(wrong.values()):
-        told = "; ".join(f"{what}: {_shown(names)}" for what, names in wrong.items() if names)
+        told = "; ".join(f"{what}: {shown(names)}" for what, names in wrong.items() if names)
         raise ValueError(f"{file}: {told}; valid: exactly the weights of {type(module).__name__}")
     module.load_state_dict(given)
 
@@ -87,6 +88,17 @@ def require(file: Path, valid: str = "a file") -> None:
         raise FileNotFoundError(errno.ENOENT, f"missing; valid: {valid}", str(file))
 
 
+def check_tokenizer(folder: Path) -> None:
+    """Raise ValueError unless a tokenizer's files are text, and JSON where they say so: tokenizers raises a bare Exception."""
+    for name in ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt"):
+        file = folder / name
+        if file.is_file():
+            with reading(file):
+                text = file.read_text(encoding="utf-8")
+                if file.suffix == ".json" and not isinstance(json.loads(text), dict):
+                    raise ValueError("found no dictionary; valid: a tokenizer's file")
+
+
 @contextmanager
 def reading(what: Path | str) -> Iterator[None]:
     """Turn whatever goes wrong while a file is read into a ValueError that names it."""
@@ -100,6 +112,7 @@ def reading(what: Path | str) -> Iterator[None]:
         raise ValueError(f"{what}: {str(error) or type(error).__name__}") from error
 
 
-def _shown(names: Collection[str]) -> str:
+def shown(names: Collection[str]) -> str:
+    """Some names for a message."""
     first = list(names)[:SHOWN]
     return ", ".join(first) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

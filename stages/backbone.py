@@ -1,4 +1,4 @@
-"""Stage backbone: the frozen model, what it is asked for, and the weights of the metrics."""
+"""Stage backbone: the frozen model, and what it is asked for."""
 
 from functools import partial
 from pathlib import Path
@@ -9,17 +9,16 @@ from backends.digits import Digits as DigitsBackend
 from solvers import Backbone as Identity
 from stages.checkpoint import Checkpoint
 from stages.command import command
-from stages.fetch import metric_files
 from stages.files import BACKBONE, atomic
 from stages.frozen import PROMPTS, RECORD, UNET, Record, files_of, loading
-from stages.params import MODELS, Backbone, Digits, Metrics, Model, Pipeline, Weights
+from stages.params import Backbone, Digits, Pipeline, Weights
 from stages.params import Prompts as PromptsParams
 from stages.prompts import Prompts, read_prompts, split_prompts
 from stages.weights import listed, weights_folder
 
 
-def backbone(*, seed: int, backbone: Backbone, prompts: PromptsParams, metrics: Metrics) -> None:
-    """Train the digits' model, or fetch a pipeline and its metrics' weights; split the prompts.
+def backbone(*, seed: int, backbone: Backbone, prompts: PromptsParams) -> None:
+    """Train the digits' model and their classifiers, or fetch a pipeline; split the prompts.
 
     What is fetched comes from the hub (at a pinned revision), from a folder or from a bucket, and stays where this machine
     keeps weights; models/backbone says which ones they are.
@@ -38,20 +37,11 @@ def backbone(*, seed: int, backbone: Backbone, prompts: PromptsParams, metrics: 
             case Pipeline():
                 identity, weights["pipeline"] = fetched(backbone, asked)
                 settings = backbone.model_dump(include={"height", "width", "dtype"})
-        used: set[Model] = {model for name in [*metrics.names, metrics.features] for model in MODELS.get(name, ())}
-        weights |= {model: pinned(model, metrics.weights[model]) for model in sorted(used)}
         asked.save(folder / PROMPTS.name)
         found = {name: where.model_dump() for name, where in weights.items()}
-        how = metrics.model_dump(include={"judges", "features", "dtype"}) | {"reward": metrics.rewarded}
-        Record(backbone.name, identity, settings, found, how, listed(folder)).save(folder / RECORD.name)
+        Record(backbone.name, identity, settings, found, listed(folder)).save(folder / RECORD.name)
     if isinstance(backbone, Digits):
         Checkpoint("backbone", {"seed": seed, "backbone": backbone}, []).remove()
-
-
-def pinned(model: str, weights: Weights) -> Weights:
-    """A metric's model, fetched, with the sha256 that it has."""
-    _, found = weights_folder(weights, lambda files, place: metric_files(model, files, weights.variant, place), lambda _: None)
-    return weights.model_copy(update={"sha256": found})
 
 
 def fetched(backbone: Pipeline, asked: Prompts) -> tuple[Identity, Weights]:

@@ -27,6 +27,7 @@ from stages.checkpoint import Work
 from stages.command import command
 from stages.files import (
     BACKBONE,
+    METRICS,
     REFS,
     RESULTS,
     SAMPLES,
@@ -73,6 +74,7 @@ def evaluate(sampler: str, *, compute: Compute, evaluate: Evaluate) -> None:
     decode, scorers = load_decoder(compute), load_scorers(compute)
     with reading(REFS):
         load_statistics(REFS, scorers.extractor.width)
+        require(REFS, "features of", load_record(REFS).get("features"), scorers.features_of)
     if len(mine.samples) % evaluate.ranges:
         raise InputError(f"evaluate.ranges: found {evaluate.ranges} for {len(mine.samples)} images; valid: what divides them")
     try:
@@ -88,7 +90,7 @@ def evaluate(sampler: str, *, compute: Compute, evaluate: Evaluate) -> None:
         squared_error = (mine.states[rows] - others.states[rows]).square().flatten(1).mean(1)
         return {**found, "squared_error": squared_error, "reference_features": scorers.features(decode(others.states[rows]))}
 
-    scores = by_parts(name, Work({}, [RECORD, *files]), ranks, len(wanted), evaluate.batch_size, scored)
+    scores = by_parts(name, Work({}, [RECORD, METRICS, *files]), ranks, len(wanted), evaluate.batch_size, scored)
     if scores is not None:
         with reading(REFS):
             refs, kept, reference = load_statistics(REFS), load_features(REFS), load_record(REFS)
@@ -132,14 +134,13 @@ def record(scorers: Scorers, found: Lowest, samples: list[int], reference: dict[
         "name": "frechet_distance",
         "label": label("FID" if extractor.name == INCEPTION else "FD", each),
         "tool": TOOL,
-        "extractor": extractor.name,
-        **scorers.origin,
+        **scorers.features_of,
         "resize": extractor.resize,
         "n": each,
         "seeds": shown_seeds(samples),
         "ranges": len(found.each),
         "distances": found.each,
-        "reference": {**reference, "statistics_sha256": sha256(REFS)},
+        "reference": {**{k: v for k, v in reference.items() if k != "features"}, "statistics_sha256": sha256(REFS)},
     }
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 BACKBONE = Path("models/backbone")
 DISTILLED = Path("models/distilled")
 RDPO = Path("models/rdpo")
+METRICS = Path("models/metrics.json")
 REFS = Path("data/refs.npz")
 TEACHER = Path("data/teacher.safetensors")
 SAMPLES = Path("data/samples")
@@ -35,6 +36,7 @@ TIMES = Path("data/times")  # what they hold differs from run to run
 
 MADE_BY = {
     BACKBONE: "backbone",
+    METRICS: "metrics",
     REFS: "refs",
     TEACHER: "teacher",
     DISTILLED: "distill",

@@ -30,8 +30,7 @@ class Record:
         name: the family of the model.
         identity: which model it is.
         settings: of a pipeline: what else it is loaded with.
-        weights: of the pipeline, and of metrics by their names: where they came from, and their sha256.
-        metrics: names of `judges`, the `reward`'s by their weights, the `features` of Frechet distances, and weights' `dtype`.
+        weights: of the pipeline: where they came from, and their sha256.
         sha256: of the list of the other files.
     """
 
@@ -39,7 +38,6 @@ class Record:
     identity: Backbone
     settings: dict[str, Any]
     weights: dict[str, dict[str, Any]]
-    metrics: dict[str, Any]
     sha256: str
 
     @classmethod

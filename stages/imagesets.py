@@ -91,8 +91,9 @@ class ImageSet(Dataset[Tensor]):
             with Image.open(BytesIO(self.source.read(index)), formats=FORMATS) as image:
                 return _rgb(image)
         except (*DAMAGED, Image.DecompressionBombError) as error:
+            reason = re.sub(" <_io[^>]*>", "", str(error))
             raise InputError(
-                f"{self.source.place}: {self.source.names[index]}: found no image that can be read ({error}); "
+                f"{self.source.place}: {self.source.names[index]}: found no image that can be read ({reason}); "
                 f"valid: {', '.join(FORMATS)}, of 8 bits"
             ) from error
 
@@ -290,7 +291,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _cropped(image: Image.Image, size: int) -> Image.Image:
-    """The centre, (size, size), of an image whose shorter side is resized to `size`: as metrics.images.cropped."""
+    """The centre, (size, size), of an image whose shorter side is resized to `size`, by PIL itself."""
     short = min(image.size)
     wide, tall = (size * side // short for side in image.size)
     left, top = (wide - size) // 2, (tall - size) // 2

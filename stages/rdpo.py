@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from metrics.frechet import load_statistics
+from metrics.frechet import load_record, load_statistics
 from solvers import AMED, Drawable, Metric, Policy, Predictor, Spread, load_predictor, save_predictor
 from solvers.families import Table
 from stages.checkpoint import Checkpoint, under
@@ -19,6 +19,7 @@ from stages.files import (
     DISTILLED,
     LIVE,
     LOGS,
+    METRICS,
     RDPO,
     REFS,
     RESULTS,
@@ -26,6 +27,7 @@ from stages.files import (
     StageError,
     atomic,
     reading,
+    require,
     sha256,
     write_csv,
 )
@@ -59,12 +61,13 @@ def rdpo(*, seed: int, guidance_scale: float, compute: Compute, rdpo: RDPOParams
     frozen, scorers = load_frozen(guidance_scale, compute, asked), load_scorers(compute)
     with reading(REFS):
         refs = load_statistics(REFS, scorers.extractor.width)
+        require(REFS, "features of", load_record(REFS).get("features"), scorers.features_of)
     scorers.load()
     watch = Watch(scorers.judges, scorers.watched, scorers.extractor, refs)
     rollouts = Rollouts(frozen, scorers.reward, distilled, seed, rdpo.batch_size)
     method = METHODS[rdpo.method](policy, rollouts, ranks, rdpo, seed)
     validation = Validation(rollouts, watch, ranks, seed, rdpo.validation)
-    inputs = [RECORD, REFS, *sorted(DISTILLED.iterdir())]
+    inputs = [RECORD, METRICS, REFS, *sorted(DISTILLED.iterdir())]
     checkpoint = Checkpoint("rdpo", {"seed": seed, "rdpo": rdpo}, inputs, UNTIED)
     training = Training(method, validation, checkpoint, ranks, rdpo)
     training.run()

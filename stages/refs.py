@@ -18,7 +18,7 @@ from metrics.frechet import (
 )
 from stages.checkpoint import Work
 from stages.command import command
-from stages.files import BACKBONE, REFS, RESULTS, InputError, atomic, read_tensors, reading, sha256, write_json
+from stages.files import BACKBONE, METRICS, REFS, RESULTS, InputError, atomic, read_tensors, reading, sha256, write_json
 from stages.frozen import DATA, RECORD, load_frozen, loading
 from stages.imagesets import ImageSet, batches, digest, image_set, rule
 from stages.params import Classical, Compute, OtherImages, RealImages, Refs, Sampler
@@ -73,7 +73,7 @@ def refs(*, seed: int, guidance_scale: float, compute: Compute, samplers: dict[s
         case _:
             raise InputError(f"refs: found {refs}; valid: as conf/ explains")
     if found is not None:
-        write(found)
+        write(found, scorers)
         forget("refs")
     ranks.close()
 
@@ -116,7 +116,7 @@ def own(
         return scorers.scores(images, frozen.prompts("train", chosen))
 
     params = {"seed": seed, "guidance_scale": guidance_scale, "reference": reference, "refs": refs}
-    rows = by_parts("refs", Work(params, [RECORD], {"batch_size"}), ranks, len(samples), refs.batch_size, scores)
+    rows = by_parts("refs", Work(params, [RECORD, METRICS], {"batch_size"}), ranks, len(samples), refs.batch_size, scores)
     if rows is None:
         return None
     features = rows["features"][:count]
@@ -140,7 +140,7 @@ def real(images: ImageSet, refs: OtherImages, scorers: Scorers, ranks: Ranks) ->
             rows.append({**watched, "features": scorers.features(batch)})
         return {name: torch.cat([each[name] for each in rows]) for name in rows[0]}
 
-    work = Work({"refs": refs, "digest": found}, [RECORD], {"batch_size"})
+    work = Work({"refs": refs, "digest": found}, [METRICS], {"batch_size"})
     rows = by_parts("refs", work, ranks, len(images), PART, scores)
     if rows is None:
         return None
@@ -173,10 +173,11 @@ def enough(count: int, scorers: Scorers) -> None:
         raise InputError(f"refs: {error}") from error
 
 
-def write(found: Reference) -> None:
+def write(found: Reference, scorers: Scorers) -> None:
     """The statistics of what was seen, and the means of what was not."""
     with atomic(REFS) as temporary:
-        save_statistics(temporary, found.statistics, found.features, found.record)
+        record = found.record | {"features": scorers.features_of}
+        save_statistics(temporary, found.statistics, found.features, record)
     scores = dict(found.held_out)
     features = scores.pop("features", None)
     results: dict[str, Any] = {"n": len(next(iter(scores.values()), []))}

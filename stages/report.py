@@ -179,7 +179,7 @@ def bullets(lines: Iterable[str]) -> str:
 
 def stage_times(samplers: Iterable[str]) -> list[list[str]]:
     """Seconds and peak memory of the stages before this one, as measured when each last ran here; the longest first."""
-    names = ["backbone", "refs", "teacher", "distill", "rdpo"]
+    names = ["backbone", "metrics", "refs", "teacher", "distill", "rdpo"]
     names += [f"{stage}@{sampler}" for stage in ("sample", "evaluate") for sampler in samplers]
     files = {name: TIMES / f"{name}.json" for name in names}
     found = [(name, json.loads(file.read_text())) for name, file in files.items() if file.exists()]

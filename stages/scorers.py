@@ -1,5 +1,6 @@
 """What scores images: the metrics that the stage `backbone` was told of."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -16,8 +17,8 @@ from metrics.frechet import Extractor, judge
 from metrics.log_probability import LogProbability
 from metrics.mixture import Mixture
 from stages.device import device_of
-from stages.files import BACKBONE, StageError, reading
-from stages.frozen import DTYPES, RECORD, Record, loading
+from stages.files import BACKBONE, METRICS, StageError, reading, write_json
+from stages.frozen import DTYPES, Record, loading
 from stages.params import MODELS, Compute, Weights
 
 WATCHED: dict[str, Scorer] = {"brightness": brightness, "saturation": saturation}
@@ -27,6 +28,35 @@ Scores = dict[str, Tensor]
 
 class ScoreError(StageError):
     """Images cannot be scored."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What lies in models/metrics.json.
+
+    Attributes:
+        reward: metrics by their weights.
+        judges, features: names.
+        dtype: of metrics' weights on images.
+        weights: of models by their names: where they came from, and their sha256.
+    """
+
+    reward: dict[str, float]
+    judges: list[str]
+    features: str
+    dtype: str
+    weights: dict[str, dict[str, Any]]
+
+    @classmethod
+    def load(cls) -> "Chosen":
+        """ValueError where it is not what `save` writes."""
+        try:
+            return cls(**json.loads(METRICS.read_text(encoding="utf-8")))
+        except TypeError as error:
+            raise ValueError(f"{METRICS}: {error}; valid: what stage metrics writes") from error
+
+    def save(self, file: Path) -> None:
+        write_json(file, asdict(self))
 
 
 @dataclass(frozen=True)
@@ -48,6 +78,11 @@ class Scorers:
     extractor: Extractor
     records: Sequence[dict[str, Any]]
     origin: dict[str, Any]
+
+    @property
+    def features_of(self) -> dict[str, Any]:
+        """Whose features these are: distances are between features of the same."""
+        return {"extractor": self.extractor.name, **self.origin}
 
     def load(self) -> None:
         """Read all weights now: before hours of work for them.
@@ -86,20 +121,19 @@ class Scorers:
 
 
 def load_scorers(compute: Compute) -> Scorers:
-    """The metrics that the backbone was made with."""
-    with reading(BACKBONE):
-        record = Record.load()
-    known = _Metrics(record, device_of(compute))
-    weights: dict[str, float] = record.metrics["reward"]
-    metrics = {name: known.metric(name) for name in [*weights, *record.metrics["judges"]]}
+    """The metrics that stage metrics was told of."""
+    with reading(METRICS):
+        chosen = Chosen.load()
+    known = _Metrics(chosen, device_of(compute))
+    weights = chosen.reward
+    metrics = {name: known.metric(name) for name in [*weights, *chosen.judges]}
     reward = Mixture.of({name: metrics[name] for name in weights}, weights)
     records = list[dict[str, Any]]()
     for name, metric in metrics.items():
         part = {"name": name, "in_reward": name in weights, "weight": weights.get(name, 0.0)}
         records.append({**part, **asdict(metric.card), **known.origin(name)})
-    judges = {name: metrics[name] for name in record.metrics["judges"]}
-    features = record.metrics["features"]
-    return Scorers(reward, judges, WATCHED, known.extractor(features), records, known.origin(features))
+    judges = {name: metrics[name] for name in chosen.judges}
+    return Scorers(reward, judges, WATCHED, known.extractor(chosen.features), records, known.origin(chosen.features))
 
 
 def finite(name: str, score: Callable[[], Tensor]) -> Tensor:
@@ -117,9 +151,8 @@ def finite(name: str, score: Callable[[], Tensor]) -> Tensor:
 class _Metrics:
     """Metrics by their names; what two of them are made of is loaded once."""
 
-    def __init__(self, record: Record, device: torch.device) -> None:
-        self.record, self.device = record, device
-        self.dtype = DTYPES[record.metrics["dtype"]]
+    def __init__(self, chosen: Chosen, device: torch.device) -> None:
+        self.chosen, self.device, self.dtype = chosen, device, DTYPES[chosen.dtype]
         self.clip = cache(self._clip)
 
     def metric(self, name: str) -> Metric:
@@ -154,7 +187,7 @@ class _Metrics:
 
                 with loading():
                     return Aesthetic(self.clip("clip_l14"), self.folder("aesthetic"))
-        raise ValueError(f"{RECORD}: metric {name!r}; valid: {', '.join(MODELS)}, log_probability, accuracy")
+        raise ValueError(f"{METRICS}: metric {name!r}; valid: {', '.join(MODELS)}, log_probability, accuracy")
 
     def extractor(self, name: str) -> Extractor:
         """The features of that name."""
@@ -170,7 +203,7 @@ class _Metrics:
 
                 with loading():
                     return inception(self.folder("inception"), self.device)
-        raise ValueError(f"{RECORD}: features {name!r}; valid: accuracy, clip_l14, inception")
+        raise ValueError(f"{METRICS}: features {name!r}; valid: accuracy, clip_l14, inception")
 
     def of(self, kind: Callable[..., Metric], *models: str) -> Metric:
         """A metric of these models' folders."""
@@ -188,12 +221,15 @@ class _Metrics:
         from stages.fetch import metric_files  # what it takes to fetch, which digits' metrics do not
         from stages.weights import weights_folder
 
-        weights = Weights(**self.record.weights[model])
+        weights = Weights(**self.chosen.weights[model])
         return weights_folder(weights, lambda files, place: metric_files(model, files, weights.variant, place))[0]
 
     def origin(self, name: str) -> dict[str, Any]:
         """Which weights a metric or features have; the digits' are in models/backbone."""
         kept = ("id", "revision", "sha256")
-        models = [{"model": model, **{k: self.record.weights[model][k] for k in kept}} for model in MODELS.get(name, ())]
-        own = [{"model": "models/backbone", "id": "digits", "revision": None, "sha256": self.record.sha256}]
-        return {"models": models or own, "dtype": self.record.metrics["dtype"] if models else "float32"}
+        models = [{"model": model, **{k: self.chosen.weights[model][k] for k in kept}} for model in MODELS.get(name, ())]
+        if models:
+            return {"models": models, "dtype": self.chosen.dtype}
+        with reading(BACKBONE):
+            found = Record.load().sha256
+        return {"models": [{"model": "models/backbone", "id": "digits", "revision": None, "sha256": found}], "dtype": "float32"}

@@ -136,7 +136,7 @@ def hashes(folder: Path, *names: str) -> dict[str, str]:
 
 def plan(samplers: list[str]) -> list[tuple[str, list[str]]]:
     """The stages in order, with their arguments."""
-    first = [(stage, []) for stage in ("backbone", "refs", "teacher", "distill", "rdpo")]
+    first = [(stage, []) for stage in ("backbone", "metrics", "refs", "teacher", "distill", "rdpo")]
     each = [(stage, [sampler]) for stage in ("sample", "evaluate") for sampler in samplers]
     return [*first, *each, ("report", [])]
 

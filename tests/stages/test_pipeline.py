@@ -291,6 +291,7 @@ def failure(stage: str, *arguments: str) -> str:
     ("stage", "arguments", "spoilt", "maker"),
     [
         ("refs", [], "models/backbone/digits.safetensors", "backbone"),
+        ("refs", [], "models/metrics.json", "metrics"),
         ("teacher", [], "models/backbone/unet.safetensors", "backbone"),
         ("sample", ["euler"], "models/backbone/backbone.json", "backbone"),
         ("distill", [], "models/backbone/prompts.json", "backbone"),

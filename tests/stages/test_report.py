@@ -564,7 +564,7 @@ def test_a_browser_shows_the_page(done: Done, browser: Browser) -> None:
             "results": [5],
             "pair": [4] * 6,
             "pictures": [5],
-            "stages": [15],
+            "stages": [16],
             "record": [10] * 5,
         }
         assert found["page"] <= found["window"]

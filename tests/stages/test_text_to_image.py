@@ -76,7 +76,7 @@ def write(params: dict[str, Any]) -> None:
     Path("params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
 
 
-STAGES = [("backbone", []), ("refs", []), ("teacher", []), ("distill", []), ("rdpo", [])]
+STAGES = [("backbone", []), ("metrics", []), ("refs", []), ("teacher", []), ("distill", []), ("rdpo", [])]
 SAMPLERS = ["reference", "distilled", "rdpo"]
 
 
@@ -132,11 +132,10 @@ def test_every_stage_runs_on_the_tiny_sd3(done: Path, store: Path) -> None:
     page = (done / "results/report.html").read_text()
     assert page.count("data:image/png;base64,") == 8 * len(SAMPLERS)
     record = json.loads((done / "models/backbone/backbone.json").read_text())
-    assert {name: where["sha256"] for name, where in record["weights"].items()}.keys() == {
-        "pipeline",
-        *("hps", "pick_score", "image_reward", "bert", "clip_l14", "aesthetic", "mps", "clip_h14"),
-    }
-    assert all((store / where["sha256"]).is_dir() for where in record["weights"].values())
+    chosen = json.loads((done / "models/metrics.json").read_text())
+    models = {"hps", "pick_score", "image_reward", "bert", "clip_l14", "aesthetic", "mps", "clip_h14"}
+    assert chosen["weights"].keys() == models
+    assert all((store / where["sha256"]).is_dir() for where in [*record["weights"].values(), *chosen["weights"].values()])
     made_for = load_predictor(done / "models/rdpo").backbone
     assert (made_for.name, made_for.pipeline) == ("tiny/sd3", "StableDiffusion3Pipeline")
     assert made_for.revision == record["weights"]["pipeline"]["sha256"]
@@ -396,7 +395,8 @@ def test_distances_are_to_real_images(kind: str, pictures: Path, here: Path, cha
     assert (reference["source"], reference["images"]) == (kind, 25)
     assert reference["cut"] == "shorter side to 16 pixels by PIL's bicubic, centre"
     found = load_statistics(Path("data/refs.npz"))
-    extractor, images = load_scorers(load_params().compute).extractor, image_set(kind, where["refs__path"], 16)  # type: ignore[arg-type]
+    extractor = load_scorers(load_params().compute).extractor
+    images = image_set(kind, where["refs__path"], 16)  # type: ignore[arg-type]
     expected = statistics(extractor(torch.stack([images[i] for i in range(25)])))
     assert all(np.allclose(found[name], expected[name], atol=1e-6) for name in ("mu", "sigma"))
     held_out = json.loads(Path("results/held_out.json").read_text())
@@ -444,7 +444,13 @@ def test_a_mixed_reward(here: Path, change: Callable[..., None]) -> None:
     """Weighted as published, each metric's mean logged, and marked in the report."""
     weights_of = {"hps": 1.0, "pick_score": 0.5, "image_reward": 0.0}
     change(metrics__reward=weights_of, metrics__judges=["image_reward", "mps"], rdpo__method="cma_es", rdpo__tables=4)
-    for stage, arguments in (STAGES[0], STAGES[1], ("rdpo", []), *(("evaluate", [name]) for name in SAMPLERS), ("report", [])):
+    for stage, arguments in (
+        ("metrics", []),
+        ("refs", []),
+        ("rdpo", []),
+        *(("evaluate", [name]) for name in SAMPLERS),
+        ("report", []),
+    ):
         run(stage, arguments)
     (log,) = Path("data/logs").glob("rdpo*.jsonl")
     for line in map(json.loads, log.read_text().splitlines()):
@@ -458,6 +464,17 @@ def test_a_mixed_reward(here: Path, change: Callable[..., None]) -> None:
     assert "| hps (reward)" in head
     assert "| pick_score (reward) | image_reward | mps" in " ".join(head.split())
     assert "| reward |" in " ".join(head.split())
+
+
+def test_other_metrics_ask_for_no_other_samples(here: Path, change: Callable[..., None]) -> None:
+    """But for statistics of the same features."""
+    change(metrics__judges=["clip_score"])
+    before = hashes(here, "models/backbone")
+    for stage, arguments in (("metrics", []), ("refs", []), ("evaluate", ["distilled"])):
+        run(stage, arguments)
+    assert hashes(here, "models/backbone") == before
+    assert {"hps", "clip_score"} < set(parquet.read_table("data/scores/distilled.parquet").column_names)
+    assert "mps" not in parquet.read_table("data/scores/distilled.parquet").column_names
 
 
 # --- what is wrong
