@@ -343,7 +343,8 @@ def precision_recall(features: Tensor, reference: Tensor) -> dict[str, float]:
     """Shares of features (n, F) in the reference's manifold, and of reference features (m, F) in theirs; of the first KEPT.
 
     A manifold is what lies no farther from one of its features than NEIGHBOURS others do (Kynkäänniemi et al. 2019). The
-    standard errors ("_se") are binomial: of the share of so many points in a manifold that is what it is.
+    standard errors ("_se") are of the share of so many points in a manifold that is what it is, with two more points inside and
+    two outside (Agresti and Coull 1998): a share of 0 or 1 is not certain.
     """
     _require_rows(features, reference, NEIGHBOURS + 1)
     found = prc_features_to_metric(
@@ -355,7 +356,11 @@ def precision_recall(features: Tensor, reference: Tensor) -> dict[str, float]:
         verbose=False,
     )
     shares = {"precision": (found[KEY_METRIC_PRECISION], features), "recall": (found[KEY_METRIC_RECALL], reference)}
-    errors = {f"{name}_se": (share * (1 - share) / min(len(of), KEPT)) ** 0.5 for name, (share, of) in shares.items()}
+    errors = {}
+    for name, (share, of) in shares.items():
+        n = min(len(of), KEPT)
+        middle = (share * n + 2) / (n + 4)
+        errors[f"{name}_se"] = (middle * (1 - middle) / (n + 4)) ** 0.5
     return {name: share for name, (share, _) in shares.items()} | errors
 
 

@@ -105,7 +105,10 @@ def evaluate(sampler: str, *, compute: Compute, evaluate: Evaluate) -> None:
         results = summary(scores, moved) | (of_features(features, kept) if kept is not None else {})
         ordered = {"n": len(wanted), **mine.cost, **dict(sorted(results.items()))}
         protocol = record(scorers, frechet, mine.samples, reference)
-        write_json(RESULTS / f"{sampler}.json", {**ordered, "protocol": [protocol], "metrics": list(scorers.records)})
+        write_json(
+            RESULTS / f"{sampler}.json",
+            {**ordered, "protocol": [protocol], "metrics": [known.plain() for known in scorers.records]},
+        )
         forget(name)
     ranks.close()
 

@@ -175,8 +175,8 @@ def enough(count: int, scorers: Scorers) -> None:
 
 def write(found: Reference, scorers: Scorers) -> None:
     """The statistics of what was seen, and the means of what was not."""
+    record = found.record | {"features": scorers.features_of}
     with atomic(REFS) as temporary:
-        record = found.record | {"features": scorers.features_of}
         save_statistics(temporary, found.statistics, found.features, record)
     scores = dict(found.held_out)
     features = scores.pop("features", None)
@@ -186,7 +186,9 @@ def write(found: Reference, scorers: Scorers) -> None:
         results |= {"frechet_distance": frechet.value, "frechet_distance_se": mean_error(frechet.influence)}
     for name, values in scores.items():
         results |= {name: values.mean().item(), f"{name}_se": mean_error(values)}
-    write_json(RESULTS / "held_out.json", results)
+    # real images have no prompts, so that no metric has scored them
+    records = [known.plain() for known in scorers.records if known.name in scores]
+    write_json(RESULTS / "held_out.json", {**results, "protocol": [record], "metrics": records})
 
 
 if __name__ == "__main__":

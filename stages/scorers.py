@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metrics import Metric, Scorer
+from metrics import Card, Metric, Scorer
 from metrics.accuracy import Accuracy
 from metrics.colour import brightness, saturation
 from metrics.frechet import Extractor, judge
@@ -24,6 +24,29 @@ from stages.params import MODELS, Compute, Weights
 WATCHED: dict[str, Scorer] = {"brightness": brightness, "saturation": saturation}
 
 Scores = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a metric is, and which weights it has: it goes into every results file.
+
+    Attributes:
+        name, card: of the metric.
+        weight: in the reward; 0 for a judge.
+        models: which weights: id, revision and sha256 of each.
+        dtype: of them.
+    """
+
+    name: str
+    card: Card
+    weight: float
+    models: list[dict[str, Any]]
+    dtype: str
+
+    def plain(self) -> dict[str, Any]:
+        """For a JSON file."""
+        own = {"name": self.name, "in_reward": self.weight > 0, "weight": self.weight}
+        return {**own, **asdict(self.card), "models": self.models, "dtype": self.dtype}
 
 
 class ScoreError(StageError):
@@ -76,7 +99,7 @@ class Scorers:
     judges: Mapping[str, Metric]
     watched: Mapping[str, Scorer]
     extractor: Extractor
-    records: Sequence[dict[str, Any]]
+    records: Sequence[Known]
     origin: dict[str, Any]
 
     @property
@@ -128,10 +151,7 @@ def load_scorers(compute: Compute) -> Scorers:
     weights = chosen.reward
     metrics = {name: known.metric(name) for name in [*weights, *chosen.judges]}
     reward = Mixture.of({name: metrics[name] for name in weights}, weights)
-    records = list[dict[str, Any]]()
-    for name, metric in metrics.items():
-        part = {"name": name, "in_reward": name in weights, "weight": weights.get(name, 0.0)}
-        records.append({**part, **asdict(metric.card), **known.origin(name)})
+    records = [Known(name, metric.card, weights.get(name, 0.0), **known.origin(name)) for name, metric in metrics.items()]
     judges = {name: metrics[name] for name in chosen.judges}
     return Scorers(reward, judges, WATCHED, known.extractor(chosen.features), records, known.origin(chosen.features))
 
