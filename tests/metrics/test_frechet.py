@@ -519,7 +519,8 @@ def test_identical_sets_have_all_precision_and_recall() -> None:
     assert (found["precision"], found["recall"]) == (1, 1)
     far = precision_recall(features, features + 1000)
     assert (far["precision"], far["recall"]) == (0, 0)
-    assert far["precision_se"] == found["precision_se"] > 0, "none is certain"
+    assert far["precision_se"] == pytest.approx(found["precision_se"])
+    assert found["precision_se"] > 0, "none is certain"
 
 
 def test_precision_and_recall_are_torch_fidelitys() -> None:
