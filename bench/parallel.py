@@ -16,7 +16,8 @@ import time
 import torch
 from torch import Tensor
 
-from metrics.frechet import judge, lowest
+from metrics.extractors import judge
+from metrics.frechet import lowest
 from solvers import SOLVERS, integrate, parallel_integrate, time_uniform
 from solvers.parallel import Init
 from stages.files import BACKBONE

@@ -30,7 +30,8 @@ from tqdm import tqdm
 
 from metrics import Scorer
 from metrics.accuracy import Accuracy
-from metrics.frechet import judge, load_statistics, lowest
+from metrics.extractors import judge
+from metrics.frechet import load_statistics, lowest
 from metrics.log_probability import LogProbability
 from metrics.mixture import Mixture, Part
 from solvers import Draw, Drawable, Policy, load_predictor

@@ -31,7 +31,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from metrics.accuracy import Accuracy
-from metrics.frechet import judge, load_statistics, lowest
+from metrics.extractors import judge
+from metrics.frechet import load_statistics, lowest
 from solvers import AFS, SOLVERS, Predictor, Solver, load_predictor, save_predictor
 from stages import params
 from stages.distill import Learned, Sampling, closed_form, end_error, learn, new_student

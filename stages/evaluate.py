@@ -10,8 +10,8 @@ import torch
 from pyarrow import parquet
 from torch import Tensor
 
+from metrics.extractors import INCEPTION
 from metrics.frechet import (
-    INCEPTION,
     TOOL,
     Lowest,
     kernel_distance,

@@ -1,4 +1,4 @@
-"""What scores images: the metrics that the stage `backbone` was told of."""
+"""What scores images: the metrics that the stage `metrics` was told of."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +13,7 @@ from torch import Tensor
 from metrics import Card, Metric, Scorer
 from metrics.accuracy import Accuracy
 from metrics.colour import brightness, saturation
-from metrics.frechet import Extractor, judge
+from metrics.extractors import Extractor, judge
 from metrics.log_probability import LogProbability
 from metrics.mixture import Mixture
 from stages.device import device_of
@@ -219,7 +219,7 @@ class _Metrics:
 
                 return ClipFeatures(self.clip("clip_l14"), name)
             case "inception":
-                from metrics.frechet import inception
+                from metrics.extractors import inception
 
                 with loading():
                     return inception(self.folder("inception"), self.device)

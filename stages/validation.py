@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from metrics import Scorer
-from metrics.frechet import Extractor, Statistics, distance, require_images, statistics
+from metrics.extractors import Extractor
+from metrics.frechet import Statistics, distance, require_images, statistics
 from solvers import Drawable
 from stages.files import InputError, RolloutError
 from stages.noise import batches, noise

@@ -18,17 +18,12 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 
 from metrics import frechet
 from metrics.classifier import Classifier
+from metrics.extractors import FILE, INCEPTION, ROWS, Registered, inception, judge
 from metrics.frechet import (
-    FILE,
-    INCEPTION,
-    ROWS,
     TOOL,
-    Registered,
     Statistics,
     distance,
-    inception,
     influence,
-    judge,
     kernel_distance,
     label,
     load_features,

@@ -632,11 +632,11 @@ def test_truncated_checkpoints_are_named(kept: float, tmp_path: Path) -> None:
 
 
 def test_what_is_fetched_is_what_metrics_read() -> None:
-    from metrics import aesthetic, frechet, hps, image_reward, mps
+    from metrics import aesthetic, extractors, hps, image_reward, mps
     from stages.params import MODELS, WEIGHTLESS
 
     files = {name: needed[0] for name, (needed, _) in fetch.ONE_FILE.items()}
-    modules = {"hps": hps, "image_reward": image_reward, "aesthetic": aesthetic, "mps": mps, "inception": frechet}
+    modules = {"hps": hps, "image_reward": image_reward, "aesthetic": aesthetic, "mps": mps, "inception": extractors}
     assert files == {name: module.FILE for name, module in modules.items()}
     assert set(fetch.WEIGHTLESS_MODELS) == WEIGHTLESS
     assert {*files, *WEIGHTLESS} < {model for models in MODELS.values() for model in models}
