@@ -16,7 +16,7 @@ from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from metrics import frechet
+from metrics import extractors, frechet
 from metrics.classifier import Classifier
 from metrics.extractors import FILE, INCEPTION, ROWS, Registered, inception, judge
 from metrics.frechet import (
@@ -203,7 +203,7 @@ def test_an_extractor_that_is_ready_first_does_not_uncover_another(monkeypatch: 
         seen.append(os.environ.get(FORCED))
         return torch.nn.Identity()
 
-    monkeypatch.setattr(frechet, "create_feature_extractor", created)
+    monkeypatch.setattr(extractors, "create_feature_extractor", created)
     threads = [threading.Thread(target=inception(folder).load) for _ in range(2)]
     for thread in threads:
         thread.start()
