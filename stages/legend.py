@@ -42,7 +42,7 @@ def legend(result: Result, refs: Refs) -> list[tuple[str, str]]:
         "frechet_distance": f"Frechet distance to {origin(refs)}; less is better. Below 50,000 images its label says how many"
         + (f". The lowest of {ranges} ranges of samples" if ranges > 1 else ""),
         "distance_to_reference": "Frechet distance to the reference's images of the same prompts and noise",
-        "kernel_distance": "1000 times the kernel distance to the same images, in the same features; less is better",
+        "kernel_distance": "kernel distance to the same images, in the same features; less is better, below 0 it is noise",
         "precision": "share of images that lie among those of the reference set",
         "recall": "share of the reference set that lies among the images",
         "rmse": "root mean squared difference to the reference on the same noise, of "

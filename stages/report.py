@@ -35,11 +35,12 @@ def report(*, samplers: dict[str, Sampler], metrics: Metrics, refs: Refs, report
     results, base = read(list(samplers), metrics), report.base
     learned = results[LEARNED]
     with reading(HELD_OUT) as file:
-        others = held_out(json.loads(file.read_text()), learned, refs)
+        others = held_out(json.loads(file.read_text()), results, refs)
     classical = [name for name, sampler in samplers.items() if sampler.solver != "predictor" and name != "reference"]
     findings = [*distilled_against(results, classical), tuned_against(results), *others]
-    columns = ["sampler", "serial", "total", *(quantity.name for quantity in learned.quantities)]
-    rows = [row(name, result) for name, result in results.items()]
+    shown = [quantity for quantity in learned.quantities if quantity.key not in constant(results)]
+    columns = ["sampler", "serial", "total", *(quantity.name for quantity in shown)]
+    rows = [row(name, result, shown) for name, result in results.items()]
     terms, tables = legend(learned, refs), compared(results, base)
     head = ["sampler", "mean", f"less {base}", "standard error", "95 % interval", "wins"]
     pairs = [[name, *line] for name, lines in tables.items() for line in lines]
@@ -77,17 +78,22 @@ def report(*, samplers: dict[str, Sampler], metrics: Metrics, refs: Refs, report
     print(f"\nEvery metric paired with {base}: {MARKDOWN}; with pictures and curves: {PAGE}")
 
 
-def row(name: str, result: Result) -> list[str]:
+def constant(results: dict[str, Result]) -> set[str]:
+    """Scores that are one number for all images, as the digits' saturation is."""
+    scores = {key: torch.cat([result.scores[key] for result in results.values()]) for key in results[LEARNED].scored}
+    return {key for key, values in scores.items() if len(values.unique()) == 1}
+
+
+def row(name: str, result: Result, shown: list[Quantity]) -> list[str]:
     """One line of the table."""
     own = ("distance_to_reference", "rmse") if name == "reference" else ()
-    cells = ["0" if quantity.key in own else cell(quantity, *result.found[quantity.key]) for quantity in result.quantities]
+    cells = ["0" if quantity.key in own else cell(quantity, *result.found[quantity.key]) for quantity in shown]
     return [name, str(result.serial), f"{result.total:g}", *cells]
 
 
 def cell(quantity: Quantity, value: float, error: float) -> str:
     """A value and half its 95 % interval."""
-    digits, times = quantity.digits, quantity.times
-    return f"{times * value:.{digits}f} ± {times * 1.96 * error:.{digits}f}"
+    return f"{value:.{quantity.digits}f} ± {1.96 * error:.{quantity.digits}f}"
 
 
 def compared(results: dict[str, Result], base: str) -> dict[str, list[list[str]]]:
@@ -95,7 +101,7 @@ def compared(results: dict[str, Result], base: str) -> dict[str, list[list[str]]
     tables = {}
     for key, name in results[base].scored.items():
         scores = {sampler: result.scores[key] for sampler, result in results.items()}
-        if len(torch.cat(list(scores.values())).unique()) > 1:
+        if key not in constant(results):
             others = [sampler for sampler in results if sampler != base]
             tables[name] = [[sampler, *comparison(paired(scores[sampler], scores[base]))] for sampler in others]
     return tables
@@ -141,14 +147,15 @@ def tuned_against(results: dict[str, Result]) -> str:
     return f"{TUNED} less {LEARNED}, paired: {', '.join([*rewards, f'{tuned.label} {interval(change, half, 3)}', *judged])}."
 
 
-def held_out(found: dict[str, Any], result: Result, refs: Refs) -> list[str]:
+def held_out(found: dict[str, Any], results: dict[str, Result], refs: Refs) -> list[str]:
     """What images that no network has seen score, as a measure for the samplers' scores, as far as there are any."""
-    every = [*(Quantity(key, name, 4) for key, name in result.scored.items()), Quantity("frechet_distance", "FD", 2)]
-    shown = {quantity.key: quantity for quantity in every if quantity.key in found}
+    scored = results[LEARNED].scored
+    every = [*(Quantity(key, name, 4) for key, name in scored.items()), Quantity("frechet_distance", "FD", 2)]
+    shown = {quantity.key: quantity for quantity in every if quantity.key in found.keys() - constant(results)}
     if not shown:
         return []
     cells = [f"{quantity.name} {cell(quantity, found[key], found[f'{key}_se'])}" for key, quantity in shown.items()]
-    other = "frechet_distance" in shown and found["n"] != len(result.prompts)
+    other = "frechet_distance" in shown and found["n"] != len(results[LEARNED].prompts)
     note = " (not to be compared with the table's: a distance is larger for a smaller n)" if other else ""
     return [f"{unseen(refs)} (n = {found['n']}): {', '.join(cells)}{note}."]
 

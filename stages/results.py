@@ -20,12 +20,11 @@ ERROR = "_se"
 
 @dataclass(frozen=True)
 class Quantity:
-    """A column of the table: its key in the files, its name, its decimals, and by what the files' numbers are multiplied."""
+    """A column of the table: its key in the files, its name, and its decimals."""
 
     key: str
     name: str
     digits: int
-    times: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ class Result:
     def quantities(self) -> list[Quantity]:
         """The table's columns after the costs."""
         of_features = [
-            Quantity("kernel_distance", "1000 KID", 2, 1000),
+            Quantity("kernel_distance", "KID", 4),
             Quantity("precision", "precision", 3),
             Quantity("recall", "recall", 3),
         ]

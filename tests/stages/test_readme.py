@@ -28,9 +28,9 @@ def test_the_examples_print_what_they_say(upstream: Path, capsys: pytest.Capture
 
 
 def test_the_table_is_the_committed_report() -> None:
-    """As HEAD has both, without the comparison by prompts: the workspace's report is of the last run here."""
+    """As HEAD has both, the table and the findings: the workspace's report is of the last run here."""
     report, readme = (
         subprocess.run(["git", "show", f"HEAD:{path}"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
         for path in ("results/report.md", "README.md")
     )
-    assert report.split("\n## ")[0].strip() in readme
+    assert report.split("\n\nWhere:")[0].strip() in readme

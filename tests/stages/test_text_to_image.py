@@ -125,7 +125,7 @@ def states(folder: Path, sampler: str) -> dict[str, torch.Tensor]:
 def test_every_stage_runs_on_the_tiny_sd3(done: Path, store: Path) -> None:
     lines = (done / "results/report.md").read_text().splitlines()
     rows = {cells[0]: cells for cells in ([c.strip() for c in line.strip("|").split("|")] for line in lines[2:5])}
-    names = ["FD-10", "FD to reference", "1000 KID", "precision", "recall", "RMSE", "hps (reward)", *METRICS[1:], *WATCHED]
+    names = ["FD-10", "FD to reference", "KID", "precision", "recall", "RMSE", "hps (reward)", *METRICS[1:], *WATCHED]
     assert [cell.strip() for cell in lines[0].strip("|").split("|")] == ["sampler", "serial", "total", *names]
     cost = {name: (int(row[1]), float(row[2])) for name, row in rows.items()}
     assert cost == {"reference": (6, 12), "distilled": (6, 18), "rdpo": (6, 18)}, "guidance doubles the rows"
