@@ -69,8 +69,14 @@ def test_distillation_parameters_leave_the_classical_samplers_alone() -> None:
 
 
 def test_another_family_reruns_what_is_compared_with_it() -> None:
-    assert rerun("distill.family") == set(graph()) - {"backbone", "refs", "teacher"}
+    assert rerun("distill.family") == set(graph()) - {"backbone", "metrics", "refs", "teacher"}
 
 
 def test_num_steps_reruns_all_but_the_backbone_and_its_statistics() -> None:
-    assert rerun("num_steps") == set(graph()) - {"backbone", "refs"}
+    assert rerun("num_steps") == set(graph()) - {"backbone", "metrics", "refs"}
+
+
+def test_other_judges_ask_for_no_other_samples() -> None:
+    again = rerun("metrics.judges")
+    assert {"metrics", "refs", "rdpo", "evaluate@euler", "report"} <= again
+    assert not {"backbone", "teacher", "distill", "sample@euler", "sample@distilled"} & again

@@ -243,7 +243,7 @@ def test_the_stages_run_with_every_family(family: str, finished: Path, workspace
     changed |= {"num_steps": mine["num_steps"], "schedule": mine["schedule"], "distill": mine["distill"]}
     changed["distill"] |= {key: value for key, value in SMALL.items() if key in changed["distill"]}
     folder = workspace(changed)
-    for name in ("models/backbone", "data/refs.npz"):
+    for name in ("models/backbone", "models/metrics.json", "data/refs.npz"):
         copy = shutil.copytree if (finished / name).is_dir() else shutil.copy
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         copy(finished / name, folder / name)

@@ -19,6 +19,8 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
+from metrics import Scorer
+from metrics.log_probability import LogProbability
 from solvers import load_predictor
 from stages.files import RolloutError, StageError
 
@@ -38,10 +40,21 @@ def prepared(finished: Path, workspace: Workspace) -> Start:
         for name in ("models/backbone", "models/distilled"):
             shutil.copytree(finished / name, folder / name, dirs_exist_ok=True)
         (folder / "data").mkdir(exist_ok=True)
-        shutil.copy(finished / "data/refs.npz", folder / "data/refs.npz")
+        for name in ("models/metrics.json", "data/refs.npz"):
+            shutil.copy(finished / name, folder / name)
         return folder
 
     return make
+
+
+def scoring(score: Scorer) -> type[LogProbability]:
+    """A metric that scores like that."""
+
+    class Other(LogProbability):
+        def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+            return score(images, prompts)
+
+    return Other
 
 
 def change(folder: Path, **changes: Any) -> None:
@@ -248,7 +261,7 @@ def test_what_a_judge_finds_worse_is_told_and_not_deployed(
     from stages import scorers
 
     falling.calls = 0  # type: ignore[attr-defined]
-    monkeypatch.setattr(scorers, "Accuracy", lambda _: falling)
+    monkeypatch.setattr(scorers, "Accuracy", scoring(falling))
     folder = prepared({"patience": 2, "validate_every": 1, "iterations": 6})
     run("rdpo", [])
     entries = log(folder)
@@ -269,7 +282,7 @@ def test_brightness_that_moves_is_told(prepared: Start, monkeypatch: pytest.Monk
         calls.append(len(images))
         return images.double().mean((1, 2, 3)) * (1 + 0.2 * (len(calls) - 2))
 
-    monkeypatch.setattr(scorers, "brightness", brightening)
+    monkeypatch.setitem(scorers.WATCHED, "brightness", brightening)
     folder = prepared({"validate_every": 2})
     run("rdpo", [])
     found = [alarm for entry in log(folder) for alarm in entry["alarms"] if alarm.startswith("brightness")]
@@ -284,14 +297,13 @@ def test_brightness_that_moves_is_told(prepared: Start, monkeypatch: pytest.Monk
             r"reward: 0.25 for all 100 validation images; valid: one that .*see data/fai",
         ),
         (lambda r: 0.25 + 1e-9 * r, r"reward: 0.25 for all 100 validation images"),
-        (lambda r: 1e300 * r, r"reward: up to .*e\+300; valid: numbers that can be squared; see data/failed"),
+        (lambda r: 1e300 * r, r"log_probability: up to .*e\+300; valid: numbers that can be squared; see data/failed"),
     ],
 )
 def test_a_reward_that_stops_telling_images_apart_is_told(
     late: Any, message: str, prepared: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the second validation, as of a server that falls back to a default."""
-    from metrics.log_probability import LogProbability
     from stages import scorers
 
     class Failing(LogProbability):
@@ -333,9 +345,9 @@ def test_what_is_not_finite_in_a_validation_is_told(which: str, prepared: Start,
     folder = prepared({})
     match which:
         case "accuracy":
-            monkeypatch.setattr(scorers, "Accuracy", lambda _: spoilt)
+            monkeypatch.setattr(scorers, "Accuracy", scoring(spoilt))
         case "brightness":
-            monkeypatch.setattr(scorers, "brightness", spoilt)
+            monkeypatch.setitem(scorers.WATCHED, "brightness", spoilt)
         case "network":
             monkeypatch.setattr(module, "Rollouts", Broken)
         case "distance":
@@ -397,8 +409,11 @@ def test_a_stage_that_has_no_ranks_is_not_run_by_torchrun(prepared: Start) -> No
             lambda images, prompts: torch.full((len(images),), -1.0),
             r"reward: -1 for all 100 validation images; valid: one that",
         ),
-        (lambda images, prompts: torch.full((len(images),), float("nan")), r"reward: not finite for 100 of 100 images"),
-        (lambda images, prompts: torch.zeros(len(images), 2), r"reward: shape \(100, 2\); valid: \(100,\)"),
+        (
+            lambda images, prompts: torch.full((len(images),), float("nan")),
+            r"log_probability: not finite for 100 of 100 images",
+        ),
+        (lambda images, prompts: torch.zeros(len(images), 2), r"log_probability: shape \(100, 2\); valid: \(100,\)"),
     ],
 )
 def test_a_bad_reward_is_told_before_anything_is_learned(
@@ -406,14 +421,13 @@ def test_a_bad_reward_is_told_before_anything_is_learned(
 ) -> None:
     from stages import scorers
 
-    monkeypatch.setattr(scorers, "LogProbability", lambda _: reward)
+    monkeypatch.setattr(scorers, "LogProbability", scoring(reward))
     prepared({})
     with pytest.raises(RolloutError, match=message):
         run("rdpo", [])
 
 
 def test_a_reward_that_fails_later_leaves_checkpoint_and_batch(prepared: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    from metrics.log_probability import LogProbability
     from stages import scorers
 
     class Failing(LogProbability):
