@@ -26,3 +26,8 @@ def mixture() -> Gaussian:
 def start() -> Tensor:
     """Unit noise of eight samples."""
     return torch.randn(8, 1, 2, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest test first: else one process would wait for another that runs it at the end."""
+    items.sort(key=lambda item: "test_tiny_pipeline" not in item.nodeid)
