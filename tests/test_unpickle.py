@@ -954,9 +954,8 @@ def test_what_torch_would_execute_is_refused(protocol: int, canary: Path, refuse
     linear.extra = Call(eval, f"open({str(canary)!r}, 'w').close()")  # type: ignore[assignment]
     data = saved(linear, protocol)
     refuses(data, r"'(__builtin__|builtins)\.eval'", read)
-    torch.load(
-        io.BytesIO(data), weights_only=False
-    )  # of what this test itself wrote: only so is it known that it would be touched
+    # what this test itself wrote: only so is it known that the canary would be touched
+    torch.load(io.BytesIO(data), weights_only=False)
     assert canary.exists()
 
 

@@ -180,8 +180,9 @@ def test_a_pickle_in_inceptions_place_is_not_executed(tmp_path: Path, zipped: bo
         extractor.load()
     assert not (tmp_path / "executed").exists()
     assert FORCED not in os.environ
+    # what this test itself wrote: only so is it known that it would have been executed
     torch.load(tmp_path / FILE, weights_only=False)
-    assert (tmp_path / "executed").exists()  # it would have been
+    assert (tmp_path / "executed").exists()
 
 
 def test_the_variable_is_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
