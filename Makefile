@@ -7,7 +7,7 @@ UV := uv==0.13.8
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: run test install params lock clean
+.PHONY: run test prefect-demo install params lock clean
 
 run: install
 	python -m stages.params
@@ -23,6 +23,10 @@ test: install
 	pyright
 	lint-imports
 	pytest
+
+# a server, a worker and a run on a shrunken configuration, on this machine; a few minutes
+prefect-demo: install
+	python -m flows.demo
 
 install: $(INSTALLED)
 
