@@ -11,7 +11,7 @@ from flows.runs import SOURCE, Backbone, Overrides, begun, experiment_name, run_
 from flows.server import prepare_to_deploy
 from flows.shown import PAGE, read_results, show_pictures, show_report
 from flows.stage import make
-from flows.workspace import remotes, save_experiment
+from flows.workspace import remotes, save_experiment, use_remote
 
 prepare_to_deploy()
 
@@ -89,11 +89,11 @@ def show(folder: Path, experiment: str) -> str:
 
 
 def known_remote(folder: Path, remote: str | None, push: bool) -> str | None:
-    """The remote to use; ValueError where there is none of that name, or none to push to."""
+    """The remote, which DVC then uses there; None: there is none. ValueError where that is not what was asked for."""
     names, default = remotes(folder)
     if remote is not None and remote not in names:
         raise ValueError(f"remote: found {remote!r}; valid: {', '.join(names) or 'none, until dvc remote add'}")
     if push and remote is None and default is None:
         valid = f"one of {', '.join(names)}" if names else "dvc remote add --default NAME URL, and git commit it"
         raise ValueError(f"push: found no default remote to push to; valid: {valid}")
-    return remote or default
+    return use_remote(folder, remote or default)

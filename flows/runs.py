@@ -6,8 +6,9 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +19,7 @@ from pydantic import AfterValidator, Field
 
 from flows import process
 from flows.pipeline import StageError
-from flows.server import bury
+from flows.server import ALONE, bury
 from flows.workspace import backbones, clean_commit, compose, workspace
 
 SOURCE = Path.cwd()
@@ -88,7 +89,7 @@ def run_name() -> str:
 
 def experiment_name() -> str:
     """Of this run's experiment of DVC's; no two runs have the same."""
-    return f"{slug(run_name())[:60].strip('-')}-{str(flow_run.id)[:8]}"
+    return f"{slug(run_name())[:40].strip('-')}-{str(flow_run.id)[:8]}"
 
 
 @contextmanager
@@ -107,8 +108,8 @@ def watched(body: Callable[[], dict[str, Any]]) -> "dict[str, Any] | State[Any]"
     If this process was started by a worker and the worker dies, it ends as if it had been cancelled: a worker's devices must
     be free when the worker is gone.
     """
-    if "PREFECT__FLOW_RUN_ID" in os.environ and threading.current_thread() is threading.main_thread():
-        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    if "PREFECT__FLOW_RUN_ID" in os.environ:
+        _watch_parent()
     try:
         return body()
     except (ValueError, StageError) as error:
@@ -116,8 +117,16 @@ def watched(body: Callable[[], dict[str, Any]]) -> "dict[str, Any] | State[Any]"
         return Failed(message=str(error))
 
 
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(1)
-    process.end()
-    os.kill(os.getpid(), signal.SIGTERM)
+@cache  # once in a process: flows call flows
+def _watch_parent() -> None:
+    parent, run = os.getppid(), str(flow_run.id)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        process.end()
+        with suppress(Exception):  # the server may be gone as well
+            bury(run, ALONE)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -9,16 +9,18 @@ from PIL import Image
 from prefect import State, flow, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.runtime import flow_run
 from pydantic import Field
 
 from flows import process
 from flows.pipeline import failure, read_graph, select
 from flows.rdpo import known_remote
 from flows.runs import Backbone, Overrides, begun, run_name, watched
-from flows.shown import show_grid
+from flows.shown import show_image
 from flows.stage import PAUSES, Lines, make, may_pass, slots
 
 PREDICTOR, ASKED, IMAGES = Path("data/predictor"), Path("data/asked.json"), Path("data/images")
+"""In the workspace; the images of each run have a folder of their own."""
 
 
 @flow(name="sample", flow_run_name=run_name, persist_result=True, result_serializer="json")
@@ -63,13 +65,14 @@ def _sample(
         )
         make(folder, select(read_graph(folder), ["backbone", "metrics"]), begin.params, remote, None, force=False)
         (folder / ASKED).write_text(json.dumps(prompts), encoding="utf-8")
-        given = ["--prompts", str(ASKED), "--out", str(IMAGES), "--images", str(images), "--seed", str(seed)]
+        out = IMAGES / str(flow_run.id)
+        given = ["--prompts", str(ASKED), "--out", str(out), "--images", str(images), "--seed", str(seed)]
         command.with_options(task_run_name="generate", tags=slots())(
             folder, "generate", ["stages.generate", str(PREDICTOR), *given]
         )
-        found: dict[str, Any] = json.loads((folder / IMAGES / "images.json").read_text(encoding="utf-8"))
-        show(folder / IMAGES, predictor, found)
-        return {"commit": begin.commit, "folder": str(folder / IMAGES), **found}
+        found: dict[str, Any] = json.loads((folder / out / "images.json").read_text(encoding="utf-8"))
+        show(folder / out, predictor, found)
+        return {"commit": begin.commit, "folder": str(folder / out), **found}
 
 
 @task(retries=len(PAUSES), retry_delay_seconds=PAUSES, retry_condition_fn=may_pass, cache_policy=NO_CACHE, persist_result=False)
@@ -82,8 +85,7 @@ def command(folder: Path, name: str, arguments: list[str]) -> None:
 
 def show(folder: Path, predictor: str, found: dict[str, Any]) -> None:
     """Images and table as artifacts."""
-    pictures = [Image.open(folder / each["file"]) for each in found["images"]]
-    show_grid(predictor, pictures[:20])
+    show_image(predictor, Image.open(folder / "grid.png"), f"{found['n']} images, prompt by prompt")
     rows = [{**{k: v for k, v in each.items() if k != "scores"}, **each["scores"]} for each in found["images"]]
     create_table_artifact(rows, "images", "Each image, its prompt and its scores")
     means = "\n".join(f"| {m['name']} | {m['mean']:.4g} | {m['se'] or float('nan'):.2g} |" for m in found["metrics"])

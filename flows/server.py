@@ -24,7 +24,8 @@ POOL = "gpu"
 SILENCE = timedelta(seconds=90)
 """After which a run whose process sends no heartbeats, one in 30 seconds by pyproject.toml, has crashed."""
 WATCH = "Runs whose heartbeats stop have crashed"
-GONE = "Its process is gone, killed or with its machine. Run it again: it goes on from what was saved."
+GONE = "Its process is gone, killed or with its machine. Run the same again: it goes on from what was saved."
+ALONE = "Its worker is gone, so it has saved what was done, and ended. Run the same again: it goes on from there."
 
 
 def prepare() -> None:
@@ -48,8 +49,8 @@ def prepare_to_deploy() -> None:
         prepare()
 
 
-def bury(run: str) -> None:
-    """Tell the server that a run, whose process is known to be gone, has crashed, and free what it held."""
+def bury(run: str, why: str = GONE) -> None:
+    """Tell the server that a run has crashed, and free what its tasks hold. Its process is gone, or about to go."""
     with get_client(sync_client=True) as client:
         try:
             found = client.read_flow_run(UUID(run))
@@ -61,9 +62,9 @@ def bury(run: str) -> None:
         for task in client.read_task_runs(
             flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[found.id])), task_run_filter=running
         ):
-            client.set_task_run_state(task.id, Crashed(message=GONE), force=True)
+            client.set_task_run_state(task.id, Crashed(message=why), force=True)
             client.decrement_v1_concurrency_slots(list(task.tags), task.id, 0)
-        client.set_flow_run_state(found.id, Crashed(message=GONE), force=True)
+        client.set_flow_run_state(found.id, Crashed(message=why), force=True)
 
 
 def _watch() -> AutomationCore:

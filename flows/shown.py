@@ -3,19 +3,19 @@
 import base64
 import io
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
 from safetensors.numpy import load_file
 
 from flows.runs import slug
 
-SIDE, MOST = 96, 20
-"""Pixels to a side of a picture in a grid, about, and pictures in it, at most."""
+WIDTH, COLUMNS, MOST = 960, 10, 20
+"""Pixels of a picture's width, pictures in a row of a grid, and in all of it, at most."""
 REPORT, PAGE = Path("results/report.md"), Path("results/report.html")
 
 
@@ -35,24 +35,23 @@ def show_report(folder: Path, links: dict[str, str]) -> str:
 def show_pictures(folder: Path) -> None:
     """A grid of images of each sampler, on the same prompts and noise."""
     for file in sorted((folder / "data/scores").glob("*.safetensors")):
-        pictures = [Image.fromarray(each.transpose(1, 2, 0).squeeze()) for each in load_file(file)["pictures"][:MOST]]
-        show_grid(file.stem, pictures)
+        pictures = load_file(file)["pictures"][:MOST].transpose(0, 2, 3, 1)
+        rows = [np.concatenate(list(pictures[first : first + COLUMNS]), axis=1) for first in range(0, len(pictures), COLUMNS)]
+        grid = np.zeros((len(rows) * pictures.shape[1], *rows[0].shape[1:]), np.uint8)
+        for index, row in enumerate(rows):  # the last may be shorter
+            grid[index * pictures.shape[1] : (index + 1) * pictures.shape[1], : row.shape[1]] = row
+        show_image(file.stem, Image.fromarray(grid.squeeze()), f"{file.stem}: the first {len(pictures)} images")
 
 
-def show_grid(name: str, pictures: Sequence[Image.Image]) -> None:
-    """Pictures beside one another."""
-    side = max(1, SIDE // max(pictures[0].size)) * max(pictures[0].size) if max(pictures[0].size) < SIDE else SIDE
-    columns = min(10, len(pictures))
-    grid = Image.new("RGB", (columns * side, math.ceil(len(pictures) / columns) * side))
-    for index, picture in enumerate(pictures):
-        resampling = Image.Resampling.NEAREST if max(picture.size) < side else Image.Resampling.LANCZOS
-        grid.paste(picture.convert("RGB").resize((side, side), resampling), (index % columns * side, index // columns * side))
+def show_image(name: str, image: Image.Image, description: str) -> None:
+    """A picture, small ones magnified and large ones shrunk, inside of the artifact itself: workers share no file server."""
+    times = WIDTH // image.width
+    size = (image.width * times, image.height * times) if times else (WIDTH, round(image.height * WIDTH / image.width))
+    shown = image.convert("RGB").resize(size, Image.Resampling.NEAREST if times else Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    grid.save(buffer, "WEBP", quality=90)
+    shown.save(buffer, "WEBP", quality=90)
     data = base64.b64encode(buffer.getvalue()).decode()
-    create_image_artifact(
-        f"data:image/webp;base64,{data}", f"pictures-{slug(name)}", f"{name}: the first {len(pictures)} images"
-    )
+    create_image_artifact(f"data:image/webp;base64,{data}", f"pictures-{slug(name)}", description)
 
 
 def read_results(folder: Path) -> dict[str, dict[str, Any]]:

@@ -50,10 +50,11 @@ def _sweep(grid: list[str], backbone: str, remote: str | None, push: bool, deplo
     get_run_logger().info("%d experiments", len(each))
     states = list(elsewhere(deployment, parameters) if deployment else (_here(given) for given in parameters))
     rows, failures = [], []
+    same = set.intersection(*map(set, each)) if len(each) > 1 else set[str]()
     for overrides, state in zip(each, states, strict=True):
         if state.is_completed():
-            found = state.result()
-            rows += [row(overrides, found["experiment"], sampler, found["results"]) for sampler in LEARNED]
+            found, changed = state.result(), [override for override in overrides if override not in same]
+            rows += [row(changed, found["experiment"], sampler, found["results"]) for sampler in LEARNED]
         else:
             failures.append(f"{' '.join(overrides)}: {state.message}")
     if rows:

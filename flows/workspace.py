@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from itertools import count
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 import yaml
 from dvc.config import Config
@@ -161,6 +161,22 @@ def remotes(folder: Path) -> tuple[list[str], str | None]:
     return sorted(config["remote"]), config["core"].get("remote")
 
 
+def use_remote(folder: Path, remote: str | None) -> str | None:
+    """Make a remote the workspace's default: `dvc repro --pull` knows no other."""
+    if remote is not None:
+        with _local(folder) as local:
+            local["core"] = {**local.get("core", {}), "remote": remote}
+    return remote
+
+
+@contextmanager
+def _local(folder: Path) -> Iterator[dict[str, Any]]:
+    """What is to be written to a clone's .dvc/config.local, which others may not read: it has secrets."""
+    (folder / ".dvc/config.local").touch(mode=0o600)
+    with Config(str(folder / ".dvc")).edit("local") as local:
+        yield cast(dict[str, Any], local)
+
+
 def _lock(folder: Path, wait: bool) -> TextIO | None:
     """The file of a workspace, locked for as long as it is open; None where another process has it."""
     file = folder.with_name(f"{folder.name}.lock").open("a+", encoding="utf-8")
@@ -202,10 +218,7 @@ def _clone(source: Path, commit: str, folder: Path) -> None:
 def _configure(source: Path, folder: Path) -> None:
     """Give a clone its source's cache and remotes, their secrets too."""
     found = Config(str(source / ".dvc"))
-    file = folder / ".dvc/config.local"
-    file.touch(mode=0o600)
-    local: dict[str, Any]
-    with Config(str(folder / ".dvc")).edit("local") as local:  # type: ignore[assignment]
+    with _local(folder) as local:
         local["cache"] = {**found["cache"], "dir": found["cache"].get("dir", str(source / ".dvc/cache"))}
         local["remote"] = found["remote"]
         if "remote" in found["core"]:
