@@ -57,7 +57,8 @@ def main() -> None:
             typer.echo(f"The same without Prefect: dvc exp run {shlex.join(changed)}")
             command = [sys.executable, "-m", "flows.run", "rdpo/rdpo-digits", *changed]
             status = subprocess.run(command, env=environment, check=False)  # noqa: S603
-    typer.echo(f"Stopped. Its pages again: PREFECT_HOME={HOME} PREFECT_API_URL={address}/api prefect server start --port {port}")
+    again = f"PREFECT_HOME={HOME} PREFECT_API_URL={address}/api prefect server start --port {port}"
+    typer.echo(f"Stopped. Its pages again: {again}")
     raise typer.Exit(status.returncode)
 
 

@@ -16,6 +16,10 @@ _running = set[subprocess.Popen[bytes]]()
 _ended = threading.Event()
 
 
+class CommandError(Exception):
+    """A command that should not fail did."""
+
+
 class EndedError(Exception):
     """This process is about to end, and starts nothing any more."""
 
@@ -73,10 +77,10 @@ def run(
 
 
 def output(command: Sequence[str], folder: Path) -> str:
-    """What a command that takes no time prints; RuntimeError with its last line where it fails."""
+    """What a command that takes no time prints; CommandError with its last line where it fails."""
     lines = list[str]()
     if run(command, folder, lines.append):
-        raise RuntimeError(next((line for line in reversed(lines) if line.strip()), " ".join(command)).strip())
+        raise CommandError(next((line for line in reversed(lines) if line.strip()), " ".join(command)).strip())
     return "\n".join(lines)
 
 

@@ -112,7 +112,7 @@ def watched(body: Callable[[], dict[str, Any]]) -> "dict[str, Any] | State[Any]"
         _watch_parent()
     try:
         return body()
-    except (ValueError, StageError) as error:
+    except (ValueError, StageError, process.CommandError) as error:
         get_run_logger().error(str(error))
         return Failed(message=str(error))
 

@@ -54,7 +54,7 @@ def clean_commit(source: Path) -> str:
     try:
         commit = process.output(["git", "rev-parse", "HEAD"], source)
         changed = process.output(["git", "status", "--porcelain", "--untracked-files=no"], source).splitlines()
-    except RuntimeError as error:
+    except process.CommandError as error:
         raise ValueError(f"{source}: found no git repository with a commit ({error}); valid: a clone of Parasol's") from None
     if changed:
         names = ", ".join(line[3:] for line in changed[:5]) + (", ..." if len(changed) > 5 else "")
@@ -78,7 +78,7 @@ def workspace(source: Path, commit: str, work: Sequence[str], run: str) -> Itera
     root.mkdir(parents=True, exist_ok=True)
     name = sha256(json.dumps([commit, *work]).encode()).hexdigest()[:12]
     folder, lock = next(
-        (folder, lock) for number in count(1) if (lock := _lock(folder := root / f"{name}-{number}", wait=False)) is not None
+        (folder, lock) for number in count(1) if (lock := _lock(folder := root / f"{name}-{number}")) is not None
     )
     with lock:
         _prune(root)
@@ -135,7 +135,7 @@ def save_experiment(source: Path, folder: Path, name: str, push: bool) -> str | 
         Why it could not be pushed, if it could not: the rest is done then.
 
     Raises:
-        RuntimeError: it could not be saved.
+        CommandError: it could not be saved.
     """
     process.output([*DVC, "exp", "save", "--force", "--name", name], folder)
     refs = process.output(["git", "for-each-ref", "--format=%(refname)", "refs/exps"], folder).splitlines()
@@ -144,7 +144,7 @@ def save_experiment(source: Path, folder: Path, name: str, push: bool) -> str | 
     if push:
         try:
             process.output(["git", "push", "--quiet", "--force", "origin", f"{ref}:{ref}"], source)
-        except RuntimeError as error:
+        except process.CommandError as error:
             return f"{error}; valid: a remote origin that may be written to, then: dvc exp push origin {name}"
     return None
 
@@ -177,11 +177,11 @@ def _local(folder: Path) -> Iterator[dict[str, Any]]:
         yield cast(dict[str, Any], local)
 
 
-def _lock(folder: Path, wait: bool) -> TextIO | None:
+def _lock(folder: Path) -> TextIO | None:
     """The file of a workspace, locked for as long as it is open; None where another process has it."""
     file = folder.with_name(f"{folder.name}.lock").open("a+", encoding="utf-8")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
         return None
@@ -199,11 +199,11 @@ def _prune(root: Path) -> None:
     """Remove workspaces of old runs that ended well."""
     for file in root.glob("*.lock"):
         folder = file.with_suffix("")
-        if time.time() - file.stat().st_mtime > KEPT_DAYS * 86400 and (lock := _lock(folder, wait=False)) is not None:
-            with lock:
+        if time.time() - file.stat().st_mtime > KEPT_DAYS * 86400 and (lock := _lock(folder)) is not None:
+            with lock:  # the file stays: another process may just have opened it
                 if lock.read() == DONE:
                     shutil.rmtree(folder, ignore_errors=True)
-                    file.unlink()
+                    _note(lock, "")
 
 
 def _clone(source: Path, commit: str, folder: Path) -> None:
@@ -228,17 +228,18 @@ def _configure(source: Path, folder: Path) -> None:
 def _bring(source: Path, folder: Path, params: dict[str, Any]) -> None:
     """Link, or copy, the files and folders that parameters name and git does not know: prompts, weights, images."""
     stages = yaml.safe_load((folder / "dvc.yaml").read_text(encoding="utf-8"))["stages"].values()
-    made = {out for stage in stages for out in stage.get("do", stage).get("outs", []) if isinstance(out, str)}
-    known = set(process.output(["git", "ls-files"], folder).splitlines())
-    for name in _strings(params) - made - known:
+    made = [out for stage in stages for out in stage.get("do", stage).get("outs", []) if isinstance(out, str)]
+    known = [Path(path) for path in [*made, *process.output(["git", "ls-files"], folder).splitlines()]]
+    taken = {path for each in known for path in (each, *each.parents)}  # `data` is a source of references, and has all outputs
+    for name in map(Path, filter(None, _strings(params))):
         there, here = source / name, folder / name
-        if not name or Path(name).is_absolute() or ".." in Path(name).parts or not there.exists():
+        if name in taken or name.is_absolute() or ".." in name.parts or not there.exists():
             continue
+        here.parent.mkdir(parents=True, exist_ok=True)
         if there.is_file():
-            here.parent.mkdir(parents=True, exist_ok=True)
             here.unlink(missing_ok=True)
             _link(str(there), str(here))
-        elif not any(file.startswith(f"{name}/") for file in known):
+        else:
             shutil.rmtree(here, ignore_errors=True)
             shutil.copytree(there, here, copy_function=_link)
 

@@ -92,7 +92,7 @@ class S3:
         try:
             yield
         except RegistryError as error:
-            raise FetchError(str(error)) from None
+            raise FetchError(str(error)) from error  # which may be known to pass
         except FileNotFoundError as error:
             raise FetchError(f"{self.place}: gone while it was read ({error}); valid: objects that stay") from None
 

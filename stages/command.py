@@ -3,6 +3,8 @@
 import errno
 import fcntl
 import inspect
+import os
+import re
 import resource
 import signal
 import sys
@@ -14,14 +16,18 @@ from typing import Any, TypeVar, get_type_hints
 import psutil
 import torch
 import typer
+from torch.distributed.elastic.multiprocessing import SignalException
 from tqdm import tqdm
 
 from stages.device import device_of
-from stages.files import LOCKS, TIMES, StageError, write_json
-from stages.params import ParamsError, Section, load_params
+from stages.files import LOCKS, TIMES, StageError, TemporaryError, write_json
+from stages.launch import RankError, report, run_ranks
+from stages.params import RDPO, Batched, ParamsError, Section, load_params
 from stages.ranks import RANK, SIZE
 
 T = TypeVar("T")
+BATCH_SIZE = "PARASOL_BATCH_SIZE"
+PROCESSES = "PARASOL_PROCESSES"
 INTERRUPTED = 130  # the shell's exit status for Ctrl-C,
 TERMINATED = 143  # and for SIGTERM
 
@@ -33,9 +39,24 @@ class Terminated(KeyboardInterrupt):
 def command(stage: Callable[..., None], has_ranks: bool = False) -> None:
     """Run a stage: its keyword-only arguments are sections of params.yaml, the others come from the command line.
 
-    A stage sees only the sections that it names, but the whole file is validated first. Known failures end in one line and
-    exit status 1, Ctrl-C in 130, SIGTERM in 143; what a stage writes, it writes whole or not at all. Its time and peak memory
-    go to data/times.
+    A stage sees only the sections that it names, but the whole file is validated first. Known failures end in one line; what a
+    stage writes, it writes whole or not at all. Its time, peak memory and batch size go to data/times.
+
+    Two variables of the environment say how stages with ranks run, and change no more of what they make than last bits; other
+    stages ignore them:
+        PARASOL_BATCH_SIZE: the batch size is at most this, or the least that the stage can have.
+        PARASOL_PROCESSES: at most so many processes of this machine share the work, where torchrun has not started others.
+
+    Exit statuses:
+        1: it failed, and the same command would again.
+        71 (EX_OSERR): out of memory, with a batch size that can be lowered; the same command then goes on with what was done.
+        75 (EX_TEMPFAIL): what may pass by itself: a hub or a bucket could not be reached or could not answer.
+        130, 143: Ctrl-C, SIGTERM.
+        137: of several processes one was killed.
+
+    Args:
+        stage: the function.
+        has_ranks: whether several processes can share its work, each with parts of it that are kept.
     """
     arguments = inspect.signature(stage).parameters.values()
     sections = [a.name for a in arguments if a.kind is inspect.Parameter.KEYWORD_ONLY]
@@ -45,31 +66,44 @@ def command(stage: Callable[..., None], has_ranks: bool = False) -> None:
         name, chosen = "@".join([stage.__name__, *given.values()]), dict[str, Any]()
         try:
             params = load_params()
-            device_of(params.compute)  # before hours of work for it
+            most, asked = _number(BATCH_SIZE), _number(PROCESSES)
             chosen |= {section: getattr(params, section) for section in sections}
             if not set(given.values()) <= set(params.samplers):  # the one argument that a stage may have
                 raise ParamsError(f"samplers: found no {name.split('@', 1)[1]!r}; valid: {', '.join(params.samplers)}")
+            own = chosen.get(stage.__name__)
+            if most and isinstance(own, Batched):
+                chosen[stage.__name__] = own = own.capped(most)
             signal.signal(signal.SIGTERM, _stop)
             if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is to be ignored
                 signal.signal(signal.SIGINT, _stop)
             if SIZE > 1 and not has_ranks:
                 raise StageError("runs as one process; valid: python -m, without torchrun")
+            if has_ranks and (size := _size(own, asked)) > 1:
+                try:
+                    run_ranks(f"stages.{stage.__name__}", sys.argv[1:], size)  # which take the device, and the lock
+                except SignalException as error:
+                    _stop(error.sigval, None)
+                _record(name, own, resource.RUSAGE_CHILDREN)
+                return
+            device_of(params.compute)  # before hours of work for it
             with _alone(name) if RANK == 0 else nullcontext():
                 stage(**given, **chosen)
                 if RANK == 0:
-                    _record(name)
+                    _record(name, own)
+        except RankError as error:
+            _fail(name, str(error), error.status)
         except (ParamsError, StageError, FloatingPointError) as error:
-            _fail(name, str(error))
+            _fail(name, str(error), os.EX_TEMPFAIL if _may_pass(error) else 1)
         except Terminated:
             _fail(name, "terminated; nothing is half-written, the same command goes on", TERMINATED)
         except KeyboardInterrupt:
             _fail(name, "interrupted; nothing is half-written, the same command goes on", INTERRUPTED)
         except (torch.OutOfMemoryError, MemoryError) as error:
-            _fail(name, _out_of_memory(error, stage.__name__, chosen.get(stage.__name__), has_ranks))
+            _fail(name, *_out_of_memory(error, stage.__name__, chosen.get(stage.__name__), has_ranks))
         except RuntimeError as error:
             if "can't allocate memory" not in str(error):  # torch's words, on the CPU
                 raise
-            _fail(name, _out_of_memory(error, stage.__name__, chosen.get(stage.__name__), has_ranks))
+            _fail(name, *_out_of_memory(error, stage.__name__, chosen.get(stage.__name__), has_ranks))
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
@@ -82,13 +116,45 @@ def command(stage: Callable[..., None], has_ranks: bool = False) -> None:
     typer.run(main)
 
 
-def _out_of_memory(error: Exception, stage: str, section: object, resumes: bool) -> str:
-    """What to do about it. Where results do not depend on the batch size, a run goes on with another one."""
-    size = section.model_dump().get("batch_size") if isinstance(section, Section) else None
-    lower = f"{stage}.batch_size is {size}: lower it, or set" if size else "set"
+def _number(variable: str) -> int | None:
+    """What a variable of the environment says, if it says something."""
+    found = os.environ.get(variable)
+    if not found:
+        return None
+    if not re.fullmatch("[1-9][0-9]{0,9}", found):
+        raise ParamsError(f"{variable}: found {found!r}; valid: a whole number from 1")
+    return int(found)
+
+
+def _size(section: object, asked: int | None) -> int:
+    """How many processes to start; none but this one where it was itself started as one of several."""
+    if asked is None or "WORLD_SIZE" in os.environ:
+        return 1
+    return section.ranks(asked) if isinstance(section, RDPO) else asked
+
+
+def _may_pass(error: BaseException | None) -> bool:
+    """Whether an error, or one that it was raised from, is of the kind that passes by itself."""
+    known = isinstance(error, TemporaryError | ConnectionError | TimeoutError)
+    return known or (error is not None and _may_pass(error.__cause__))
+
+
+def _out_of_memory(error: Exception, stage: str, section: object, resumes: bool) -> tuple[str, int]:
+    """What to do about it, and the exit status. Where results do not depend on the batch size, a run goes on with another."""
+    size, lower, status = _batch_size(section), "set", 1
+    if isinstance(section, Batched) and section.batch_size == section.least_batch_size:
+        lower = f"{stage}.batch_size is {size}, the least: set"
+    elif isinstance(section, Batched) and resumes:
+        lower, status = f"{stage}.batch_size is {size}: lower it, in params.yaml or by {BATCH_SIZE}, or set", os.EX_OSERR
+    elif size:
+        lower = f"{stage}.batch_size is {size}: lower it, or set"
     found = str(error).partition("\n")[0] or type(error).__name__
     then = "what is done is kept, the same command goes on" if resumes else f"another {stage}.batch_size begins anew"
-    return f"out of memory ({found}); {lower} compute.drop_text_encoders, compute.slicing or compute.offload; {then}"
+    return f"out of memory ({found}); {lower} compute.drop_text_encoders, compute.slicing or compute.offload; {then}", status
+
+
+def _batch_size(section: object) -> int | None:
+    return section.model_dump().get("batch_size") if isinstance(section, Section) else None
 
 
 def _stop(signum: int, frame: object) -> None:
@@ -126,12 +192,16 @@ def _alone(name: str) -> Iterator[None]:
         yield
 
 
-def _record(name: str) -> None:
+def _record(name: str, section: object, who: int = resource.RUSAGE_SELF) -> None:
+    """In data/times; of several processes the peak memory is the largest one's."""
     seconds = time.time() - psutil.Process().create_time()  # imports included: they are part of the wait
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # kB on Linux
-    write_json(TIMES / f"{name}.json", {"seconds": round(seconds, 1), "peak_memory_mb": round(memory)})
+    memory = resource.getrusage(who).ru_maxrss / 1024  # kB on Linux
+    size = _batch_size(section)
+    found = {"seconds": round(seconds, 1), "peak_memory_mb": round(memory), **({"batch_size": size} if size else {})}
+    write_json(TIMES / f"{name}.json", found)
 
 
 def _fail(name: str, message: str, status: int = 1) -> None:
-    typer.echo(f"stage {name}: {message}", err=True)
+    if not report(message):
+        typer.echo(f"stage {name}: {message}", err=True)
     raise typer.Exit(status)

@@ -57,6 +57,10 @@ class StageError(Exception):
     """A stage cannot go on, for a reason that its message tells in full."""
 
 
+class TemporaryError(Exception):
+    """What may pass by itself: the same command may succeed later. Errors that are known to be so are this, too."""
+
+
 class RolloutError(StageError):
     """Images, their rewards, or what was to be learned from them are not what they have to be."""
 

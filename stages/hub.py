@@ -25,7 +25,7 @@ from huggingface_hub.utils import WeakFileLock, build_hf_headers, validate_repo_
 
 from stages.command import progress
 from stages.fetch import DOWNLOADS, FetchError, Folder, hash_like, put, short, shown, target_of
-from stages.files import write_json
+from stages.files import TemporaryError, write_json
 
 T = TypeVar("T")
 
@@ -37,6 +37,10 @@ HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 class UnreachableError(FetchError):
     """The hub does not answer, or is not to be asked."""
+
+
+class NoAnswerError(UnreachableError, TemporaryError):
+    """The hub cannot be reached, or answers that it cannot answer now."""
 
 
 class _Entry(NamedTuple):
@@ -122,8 +126,8 @@ class Hub:
             with self._told():
                 info = _within(WAIT, lambda: api.model_info(self.id, revision=self.revision, timeout=2, files_metadata=True))
                 entries = {file.rfilename: _entry(file) for file in info.siblings or []}
-        except UnreachableError as error:
-            raise UnreachableError(self._absent(str(error), missing)) from None
+        except NoAnswerError as error:
+            raise NoAnswerError(self._absent(str(error), missing)) from None
         write_json(self._said, entries)
         return entries
 
@@ -200,18 +204,21 @@ class Hub:
                 raise FetchError(
                     f"{self.place}: refused, {status} ({said}); valid: no HF_TOKEN, or one that holds and may read this model"
                 ) from None
-            kind = UnreachableError if status == 429 or status >= 500 else FetchError
+            kind = NoAnswerError if status == 429 or status >= 500 else FetchError
             raise kind(f"{constants.ENDPOINT} answered {status} ({said}){kept}") from None
         except (HTTPError, TimeoutError) as error:
             why = f"{type(error).__name__}: {error}".removesuffix(": ")
-            raise UnreachableError(f"{constants.ENDPOINT} cannot be reached ({why}){kept}") from None
+            raise NoAnswerError(f"{constants.ENDPOINT} cannot be reached ({why}){kept}") from None
         except (ValueError, KeyError, TypeError) as error:
             raise FetchError(f"{constants.ENDPOINT}: found no hub there ({error}); check HF_ENDPOINT and the network") from None
         except OSError as error:
             if error.errno == errno.ENOSPC:
                 raise OSError(errno.ENOSPC, "no space left", str(error.filename or part)) from error
-            valid = "; valid: HF_HOME in a folder that may be written" if error.errno else kept
-            raise FetchError(f"{error.filename or part}: {error.strerror or error}{valid}") from None
+            if error.errno is None:  # less came than the hub said would
+                raise NoAnswerError(f"{part}: {error}{kept}") from None
+            raise FetchError(
+                f"{error.filename or part}: {error.strerror}; valid: HF_HOME in a folder that may be written"
+            ) from None
 
 
 def _entry(file: Any) -> _Entry:

@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -37,6 +37,21 @@ class Section(BaseModel):
         return values
 
 
+class Batched(Section):
+    """A section whose batch size says how many images are made at a time, and decides no more of them than their last bits."""
+
+    batch_size: Count
+
+    @property
+    def least_batch_size(self) -> int:
+        """With which the stage still runs."""
+        return 1
+
+    def capped(self, most: int) -> Self:
+        """The same with a batch size of at most so many, or else of the least."""
+        return self.model_copy(update={"batch_size": min(self.batch_size, max(most, self.least_batch_size))})
+
+
 class Compute(Section):
     """What changes the speed and the memory, not what is computed (but for the last bits)."""
 
@@ -44,6 +59,16 @@ class Compute(Section):
     offload: bool
     slicing: bool
     drop_text_encoders: bool
+
+
+Stage = Literal["backbone", "metrics", "refs", "teacher", "distill", "rdpo", "sample", "evaluate", "report"]
+
+
+class Flows(Section):
+    """How flows run the stages."""
+
+    gpu_stages: list[Stage]
+    hours: dict[Stage, Annotated[float, Field(gt=0, allow_inf_nan=False)]]
 
 
 class Polynomial(Section):
@@ -209,12 +234,11 @@ EVALUATIONS = {"heun": 2, "midpoint": 2, "dpm_solver_2": 2, "rk4": 4}
 """Serial evaluations per step of the solvers that make more than one."""
 
 
-class Teacher(Section):
+class Teacher(Batched):
     solver: DeterministicName
     extra_nodes: Annotated[int, Field(ge=0)]
     train: Count
     validation: Count
-    batch_size: Count
 
 
 class Learning(Section):
@@ -299,13 +323,12 @@ Distill = Annotated[EPD | EPDPlugin | AMED | S4S | S4SAlt | ParallelMultistep | 
 Std = Annotated[float, Field(ge=0, le=1)]
 
 
-class RDPO(Section):
+class RDPO(Batched):
     method: Literal["rdpo", "reward_gradient", "cma_es"]
     group: Literal["shared", "prompt", "mixed"]
     draws: Literal["independent", "sobol"]
     groups: Count
     tables: Annotated[int, Field(ge=2)]
-    batch_size: Count
     concentration: Annotated[float, Field(ge=1, le=1e9)]
     direction_std: Std
     time_std: Std
@@ -328,6 +351,14 @@ class RDPO(Section):
     kl_limit: Positive | None
     checkpoint_every: Count
     checkpoint_minutes: Positive
+
+    @property
+    def least_batch_size(self) -> int:
+        return self.tables
+
+    def ranks(self, most: int) -> int:
+        """The largest number of them, up to `most`, that the groups can be split among."""
+        return max(size for size in range(1, min(most, self.groups) + 1) if self.groups % size == 0)
 
     @model_validator(mode="after")
     def _has_deviations_in_the_range_that_is_learned(self) -> "RDPO":
@@ -370,16 +401,15 @@ def _seeds(seeds: str | int) -> str | int:
     return seeds
 
 
-class Sample(Section):
+class Sample(Batched):
     seeds: Annotated[str | int, AfterValidator(_seeds)]
-    batch_size: Count
 
 
 class RealImages(Section):
     source: Literal["data"]
 
 
-class OtherImages(Section):
+class OtherImages(Batched):
     source: Literal["reference", "zip", "folder", "dataset", "statistics"]
     path: Annotated[str, Field(min_length=1)] | None
     revision: Annotated[str, Field(pattern="^[0-9a-f]{40}$")] | None
@@ -388,7 +418,6 @@ class OtherImages(Section):
     size: Count | None
     images: Annotated[int, Field(ge=2)] | None
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None
-    batch_size: Count
 
     @model_validator(mode="after")
     def _has_what_its_source_needs(self) -> "OtherImages":
@@ -407,8 +436,7 @@ class OtherImages(Section):
 Refs = Annotated[RealImages | OtherImages, Field(discriminator="source")]
 
 
-class Evaluate(Section):
-    batch_size: Count
+class Evaluate(Batched):
     pictures: Annotated[int, Field(ge=1, le=100)]
     ranges: Annotated[int, Field(ge=1, le=10)]
 
@@ -425,6 +453,7 @@ class Params(Section):
     afs: bool
     guidance_scale: NotNegative
     compute: Compute
+    flows: Flows
     schedule: Schedule
     backbone: Backbone
     prompts: Prompts

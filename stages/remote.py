@@ -16,6 +16,7 @@ from fsspec.asyn import sync
 from s3fs import S3FileSystem
 from s3fs.core import S3_RETRYABLE_ERRORS
 
+from stages.files import TemporaryError
 from stages.scrub import SECRETS, scrubbed
 
 T = TypeVar("T")
@@ -34,6 +35,10 @@ class RegistryError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(scrubbed(message))
+
+
+class NoAnswerError(RegistryError, TemporaryError):
+    """A bucket that cannot be reached, or answers that it cannot answer now."""
 
 
 def told(message: str) -> None:
@@ -152,7 +157,7 @@ class Bucket:
             if pause is not None:
                 told(f"{self.url}: {what} failed ({last}); again in {pause} s")
                 time.sleep(pause)
-        raise RegistryError(
+        raise NoAnswerError(
             f"{self.url}: {what} failed {len(PAUSES) + 1} times ({last}); check the network and AWS_ENDPOINT_URL, then "
             "give the same command again"
         )

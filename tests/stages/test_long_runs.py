@@ -142,8 +142,11 @@ def test_kill_9_at_any_iteration_and_again_gives_the_same_bytes(method: str, pre
     assert {file.name: file.read_bytes() for file in (folder / "data/live/rdpo/plots/metrics").iterdir()} == plots
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_loses_at_most_one_iteration(signum: signal.Signals, prepared: Start, start_stage: Any) -> None:
+@pytest.mark.parametrize(("signum", "processes"), [(signal.SIGTERM, "1"), (signal.SIGINT, "2")])
+def test_a_signal_loses_at_most_one_iteration(
+    signum: signal.Signals, processes: str, prepared: Start, start_stage: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PARASOL_PROCESSES", processes)
     folder = prepared(LONG | {"iterations": 400, "checkpoint_every": 1000, "checkpoint_minutes": 60.0, "validate_every": 100})
     process = start_stage()
     wait_for_iteration(folder, 5)
@@ -152,7 +155,7 @@ def test_a_signal_loses_at_most_one_iteration(signum: signal.Signals, prepared: 
     _, errors = process.communicate(timeout=60)
     word, status = {signal.SIGTERM: ("terminated", 143), signal.SIGINT: ("interrupted", 130)}[signum]
     assert process.returncode == status, errors
-    assert f"stage rdpo: {word}; nothing is half-written, the same command goes on" in errors
+    assert errors.count(f"stage rdpo: {word}; nothing is half-written, the same command goes on") == 1
     assert "Traceback" not in errors
     done, logged = saved(folder)["done"], log(folder)[-1]["iteration"]
     assert logged - 1 <= done <= logged
@@ -171,14 +174,22 @@ def saved(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("method", ["rdpo", "reward_gradient", "cma_es"])
-def test_two_ranks_come_to_the_table_of_one(method: str, prepared: Start, start_stage: Any) -> None:
+def test_two_ranks_come_to_the_table_of_one(
+    method: str, prepared: Start, start_stage: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that the stage starts by itself to the same bytes, and torchrun's."""
     folder = prepared({"method": method})
     run("rdpo", [])
-    alone, curve = load_predictor(folder / "models/rdpo"), (folder / "results/rdpo.csv").read_text()
+    alone, curve, expected = load_predictor(folder / "models/rdpo"), csv_of(folder), deployed(folder)
     shutil.rmtree(folder / "models/rdpo")
-    process = start_stage("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    if method == "rdpo":
+        monkeypatch.setenv("PARASOL_PROCESSES", "3")  # which do not divide its 4 groups: two
+        process = start_stage()
+    else:
+        process = start_stage("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     _, errors = process.communicate(timeout=180)
     assert process.returncode == 0, errors
+    assert method != "rdpo" or deployed(folder) == expected
     both = load_predictor(folder / "models/rdpo")
     assert both.provenance["rollout_rows"] == alone.provenance["rollout_rows"]
     assert both.provenance["validation_rows"] == alone.provenance["validation_rows"]

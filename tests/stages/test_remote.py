@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from solvers import load_predictor
 from stages import publish, pull, remote, scrub
 from stages.registry import Registry, RegistryError
+from stages.remote import NoAnswerError
 
 HIDDEN = ("recognisable-key", "recognisable-secret", "recognisable-token")
 
@@ -67,7 +68,7 @@ def test_an_endpoint_that_cannot_be_reached_is_tried_four_times(
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))  # and does not listen
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{unused.getsockname()[1]}")
-        with pytest.raises(RegistryError, match=r"^s3://bucket: reading rdpo/versions/v1.0.0.json failed 4 times \(Endpoint"):
+        with pytest.raises(NoAnswerError, match=r"^s3://bucket: reading rdpo/versions/v1.0.0.json failed 4 times \(Endpoint"):
             Registry("s3://bucket").pull("rdpo", "v1.0.0", tmp_path / "out")
     assert pauses == [0.5, 1.0, 2.0]
     warnings = capsys.readouterr().err.splitlines()
@@ -82,7 +83,7 @@ def test_an_endpoint_that_never_answers_is_given_up(
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
-        with pytest.raises(RegistryError, match=r"failed 4 times \(ReadTimeoutError: "):
+        with pytest.raises(NoAnswerError, match=r"failed 4 times \(ReadTimeoutError: "):
             Registry("s3://bucket").pull("rdpo", "v1.0.0", tmp_path / "out")
     assert pauses == [0.5, 1.0, 2.0]
 
@@ -179,7 +180,7 @@ def test_an_endpoint_that_stays_down_is_given_up(
     flaky: Flaky, bucket: str, folder: Path, tmp_path: Path, pauses: list[float]
 ) -> None:
     flaky.faults = ["503"] * 10
-    with pytest.raises(RegistryError, match=r"failed 4 times \(OSError: .*Later\); check the network"):
+    with pytest.raises(NoAnswerError, match=r"failed 4 times \(OSError: .*Later\); check the network"):
         Registry(f"s3://{bucket}/predictors").pull("rdpo", "v1.0.0", tmp_path / "out")
     assert (flaky.requests, pauses) == (4, [0.5, 1.0, 2.0])
     assert not (tmp_path / "out").exists()
