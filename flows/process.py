@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 GUARD = Path(__file__).with_name("guard.py")
+ERROR = re.compile("fatal: |error: |ERROR: ")
+"""How git and DVC begin the line that says why."""
 GRACE = 60.0
 """Seconds between SIGTERM and SIGKILL."""
 
@@ -77,10 +79,10 @@ def run(
 
 
 def output(command: Sequence[str], folder: Path) -> str:
-    """What a command that takes no time prints; CommandError with its last line where it fails."""
+    """What a command that takes no time prints; CommandError with why, in a line, where it fails."""
     lines = list[str]()
     if run(command, folder, lines.append):
-        raise CommandError(next((line for line in reversed(lines) if line.strip()), " ".join(command)).strip())
+        raise CommandError(next(filter(ERROR.match, lines), lines[-1] if lines else f"{' '.join(command)} failed"))
     return "\n".join(lines)
 
 

@@ -112,17 +112,16 @@ def _names(client: SyncPrefectClient) -> Iterator[str]:
 
 def _follow(client: SyncPrefectClient, run: FlowRun, patience: float) -> FlowRun:
     """The run when it has ended; what it says is told as it comes."""
-    told, begun, warned, tasks = 0, time.monotonic(), False, dict[UUID, str]()
+    told, begun, warned = 0, time.monotonic(), False
     while True:
         run = client.read_flow_run(run.id)
         logs = client.read_logs(
             LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run.id])), offset=told, sort=LogSort.TIMESTAMP_ASC
         )
-        if not {log.task_run_id for log in logs} <= {None, *tasks}:
-            found = client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run.id])))
-            tasks |= {task.id: f"{task.name} | " for task in found}
+        found = client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run.id]))) if logs else []
+        tasks: dict[UUID | None, str] = {task.id: f"{task.name} | " for task in found}
         for log in logs:
-            typer.echo(f"{tasks.get(log.task_run_id, '') if log.task_run_id else ''}{log.message}")
+            typer.echo(f"{tasks.get(log.task_run_id, '')}{log.message}")
         told += len(logs)
         if run.state is not None and run.state.is_final() and not logs:
             return run

@@ -127,6 +127,6 @@ def _watch_parent() -> None:
         process.end()
         with suppress(Exception):  # the server may be gone as well
             bury(run, ALONE)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os._exit(128 + signal.SIGTERM)  # not by way of Prefect, which would tell another reason
 
     threading.Thread(target=watch, daemon=True).start()

@@ -88,7 +88,8 @@ def show(folder: Path, predictor: str, found: dict[str, Any]) -> None:
     show_image(predictor, Image.open(folder / "grid.png"), f"{found['n']} images, prompt by prompt")
     rows = [{**{k: v for k, v in each.items() if k != "scores"}, **each["scores"]} for each in found["images"]]
     create_table_artifact(rows, "images", "Each image, its prompt and its scores")
-    means = "\n".join(f"| {m['name']} | {m['mean']:.4g} | {m['se'] or float('nan'):.2g} |" for m in found["metrics"])
+    errors = {m["name"]: "" if m["se"] is None else f"{m['se']:.2g}" for m in found["metrics"]}
+    means = "\n".join(f"| {m['name']} | {m['mean']:.4g} | {errors[m['name']]} |" for m in found["metrics"])
     create_markdown_artifact(
         f"{found['n']} images by {predictor}, {found['serial_evaluations']} serial and {found['total_evaluations']:g} total "
         f"evaluations each.\n\n| metric | mean | standard error |\n| --- | --- | --- |\n{means}\n\nThey are in `{folder}`.\n",

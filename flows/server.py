@@ -58,9 +58,11 @@ def bury(run: str, why: str = GONE) -> None:
             return
         if found.state is None or found.state.is_final():
             return
-        running = TaskRunFilter(state=TaskRunFilterState(type=TaskRunFilterStateType(any_=[StateType.RUNNING])))
+        unfinished = TaskRunFilter(
+            state=TaskRunFilterState(type=TaskRunFilterStateType(any_=[StateType.PENDING, StateType.RUNNING]))
+        )
         for task in client.read_task_runs(
-            flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[found.id])), task_run_filter=running
+            flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[found.id])), task_run_filter=unfinished
         ):
             client.set_task_run_state(task.id, Crashed(message=why), force=True)
             client.decrement_v1_concurrency_slots(list(task.tags), task.id, 0)

@@ -3,6 +3,7 @@
 import os
 import platform
 import re
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -89,10 +90,12 @@ def stage(folder: Path, name: str, *, force: bool, pull: bool, seconds: float, e
 def push(folder: Path, name: str, remote: str) -> None:
     """Send what a stage made, and that it did, to a remote, for other workers to go on from."""
     lines, tell = list[str](), Lines(f"push {name}")
-    if process.run(
-        [*DVC, "push", "--run-cache", "--remote", remote, name], folder, lambda line: (lines.append(line), tell(line))
+    for command in (
+        [*DVC, "push", "--run-cache", "--remote", remote, name],
+        [sys.executable, "-m", "flows.uncached", name, remote],
     ):
-        raise failure(folder, f"push of {name} to {remote}", lines)
+        if process.run(command, folder, lambda line: (lines.append(line), tell(line))):
+            raise failure(folder, f"push of {name} to {remote}", lines)
 
 
 def make(
@@ -121,7 +124,7 @@ def make(
         kind = name.split("@")[0]
         gpu = kind in settings["gpu_stages"]
         shared = {"PARASOL_PROCESSES": str(len(gpus))} if len(gpus) > 1 else {}
-        one: Any = stage.with_options(task_run_name=name, tags=taken if gpu else [])
+        one: Any = stage.with_options(name=name, task_run_name=name, tags=taken if gpu else [])
         made[name] = one.submit(
             folder,
             name,
@@ -133,7 +136,7 @@ def make(
         )
         last = [allow_failure(made[name])] if gpu else last
         if to:
-            one = push.with_options(task_run_name=f"push {name}")
+            one = push.with_options(name=f"push {name}", task_run_name=f"push {name}")
             pushed[f"push {name}"] = one.submit(folder, name, to, wait_for=[made[name]])
     futures = made | pushed
     for future in futures.values():

@@ -29,5 +29,6 @@ def start() -> Tensor:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest test first: else one process would wait for another that runs it at the end."""
-    items.sort(key=lambda item: "test_tiny_pipeline" not in item.nodeid)
+    """The longest first: else one process would wait for another that runs them at the end."""
+    longest = ("test_server", "test_tiny_pipeline")
+    items.sort(key=lambda item: next((place for place, name in enumerate(longest) if name in item.nodeid), len(longest)))

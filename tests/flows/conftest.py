@@ -91,7 +91,8 @@ def stop(*_):
 
 
 signal.signal(signal.SIGTERM, stop)
-print(f"{name}: {os.environ.get('PARASOL_BATCH_SIZE', 'no')} cap, {os.environ.get('PARASOL_PROCESSES', 'one')} process", flush=True)
+cap, processes = os.environ.get("PARASOL_BATCH_SIZE", "no"), os.environ.get("PARASOL_PROCESSES", "one")
+print(f"{name}: {cap} cap, {processes} process", flush=True)
 time.sleep(settings.get("pause", 0.0))
 match settings.get("fail"):
     case "wrong":
@@ -124,10 +125,12 @@ for step in range(done, settings.get("steps", 0)):
     new.replace(checkpoint)
     print(f"\\r{name}: {100 * (step + 1) // settings['steps']}%|#| {step + 1}", end="", file=sys.stderr, flush=True)
 out.parent.mkdir(parents=True, exist_ok=True)
-out.write_text(f"# {name}\\n\\n| n |\\n| --- |\\n| {hashlib.sha256(state + str(sorted(settings.items())).encode()).hexdigest()} |\\n")
+made = hashlib.sha256(state + str(sorted(settings.items())).encode()).hexdigest()
+out.write_text(f"# {name}\\n\\n| n |\\n| --- |\\n| {made} |\\n")
 if name == "report":
     out.with_suffix(".html").write_text("<p>report</p>")
-    numbers = {"n": 8, "serial_evaluations": 5, "total_evaluations": 8, "frechet_distance": state[0], "frechet_distance_se": 0.5}
+    numbers = {"n": 8, "serial_evaluations": 5, "total_evaluations": 8}
+    numbers |= {"frechet_distance": state[0], "frechet_distance_se": 0.5}
     for sampler in ("distilled", "rdpo"):
         out.with_name(f"{sampler}.json").write_text(json.dumps(numbers))
 if name == "rdpo":
@@ -159,10 +162,17 @@ deployments:
 """
 
 
+COMPOSE = "import sys; from dvc.utils.hydra import *; compose_and_dump('params.yaml', sys.argv[1], None, 'config', 'x', [])"
+
+
 def git(folder: Path, *arguments: str) -> str:
     """What git prints in a folder."""
-    named = {f"GIT_{role}_{key}": value for role in ("AUTHOR", "COMMITTER") for key, value in (("NAME", "x"), ("EMAIL", "x@x.org"))}
-    done = subprocess.run(["git", *arguments], cwd=folder, env={**os.environ, **named}, capture_output=True, text=True, check=True)
+    named = {
+        f"GIT_{role}_{key}": value for role in ("AUTHOR", "COMMITTER") for key, value in (("NAME", "x"), ("EMAIL", "x@x.org"))
+    }
+    done = subprocess.run(
+        ["git", *arguments], cwd=folder, env={**os.environ, **named}, capture_output=True, text=True, check=True
+    )
     return done.stdout
 
 
@@ -187,10 +197,7 @@ def make_repository(folder: Path, remote: Path) -> Path:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
     git(folder, "init", "-q", "-b", "main")
-    subprocess.run(
-        [sys.executable, "-c", "from dvc.utils.hydra import compose_and_dump as c; import sys; c('params.yaml', sys.argv[1], None, 'config', 'x', [])",
-         str(folder / "conf")], cwd=folder, check=True,
-    )  # fmt: skip
+    subprocess.run([sys.executable, "-c", COMPOSE, folder / "conf"], cwd=folder, check=True)
     git(folder, "add", "-A")
     git(folder, "commit", "-qm", "all")
     return folder

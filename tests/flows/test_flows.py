@@ -29,6 +29,7 @@ from prefect.workers.base import BaseJobConfiguration
 from safetensors.numpy import save_file
 
 from flows import runs, server, shown, stage, sweep
+from flows import sample as flow_sample
 from flows.pipeline import StageError
 from flows.rdpo import known_remote, rdpo
 from flows.sample import sample
@@ -350,6 +351,25 @@ def test_results_are_the_numbers_of_each_sampler(tmp_path: Path) -> None:
     (tmp_path / "results/euler.json").write_text(json.dumps({"n": 2, "rmse": 0.5, "list": [1], "name": "x", "none": None}))
     (tmp_path / "results/report.md").touch()
     assert shown.read_results(tmp_path) == {"euler": {"n": 2, "rmse": 0.5}}
+
+
+def test_samples_are_shown_with_cost_and_scores(artifacts: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what stages.generate writes; one image has no standard error."""
+    for kind in ("table", "markdown"):
+        monkeypatch.setattr(flow_sample, f"create_{kind}_artifact", artifacts.add)
+    Image.new("L", (8, 4)).save(tmp_path / "grid.png")
+    found = {
+        "n": 1,
+        "serial_evaluations": 5,
+        "total_evaluations": 8.0,
+        "metrics": [{"name": "reward", "mean": 0.12345, "se": None}, {"name": "judge", "mean": 2.0, "se": 0.0}],
+        "images": [{"file": "0000.png", "prompt": "a cat", "sample": 0, "scores": {"reward": 0.1, "judge": 2.0}}],
+    }
+    flow_sample.show(tmp_path, "rdpo@prod", found)
+    assert [artifact[1] for artifact in artifacts] == ["pictures-rdpo-prod", "images", "samples"]
+    assert artifacts[1][0] == [{"file": "0000.png", "prompt": "a cat", "sample": 0, "reward": 0.1, "judge": 2.0}]
+    assert artifacts[2][0].startswith("1 images by rdpo@prod, 5 serial and 8 total evaluations each.\n\n| metric |")
+    assert "| reward | 0.1235 |  |\n| judge | 2 | 0 |\n" in artifacts[2][0]
 
 
 def test_a_progress_bar_is_an_artifact_and_the_rest_a_log(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from dvc.lock import FAILED_TO_LOCK_MESSAGE, LockError
 from dvc.rwlock import _check_blockers
 
@@ -33,6 +34,10 @@ def make(repository: Path, stage: str = "backbone", **options: Any) -> tuple[str
 
 
 def test_the_graph_is_dvcs(repository: Path) -> None:
+    """In an order in which stages can run, which need not be that of dvc.yaml."""
+    file = repository / "dvc.yaml"
+    stages = yaml.safe_load(file.read_text())["stages"]
+    file.write_text(yaml.safe_dump({"stages": dict(reversed(stages.items()))}, sort_keys=False))
     graph = read_graph(repository)
     assert {name: sorted(needed) for name, needed in graph.items()} == {
         "backbone": [],
@@ -171,10 +176,10 @@ def test_why_dvc_failed(words: str, may_pass: bool, tmp_path: Path) -> None:
 
 
 def test_a_lock_that_is_busy_may_pass(tmp_path: Path) -> None:
-    (locked,) = [tmp_path / "models/rdpo"]
-    lock = {"read": {}, "write": {str(locked): {"pid": os.getppid(), "cmd": "dvc repro"}}}
+    output = str(tmp_path / "models/rdpo")
+    lock = {"read": {}, "write": {output: {"pid": os.getppid(), "cmd": "dvc repro"}}}
     with pytest.raises(LockError) as busy:
-        _check_blockers(str(tmp_path), lock, {"pid": 0, "cmd": ""}, mode="write", waiters=[str(locked)])
+        _check_blockers(str(tmp_path), lock, {"pid": 0, "cmd": ""}, mode="write", waiters=[output])
     lines = f"ERROR: failed to reproduce 'rdpo': {busy.value}".splitlines()
     assert failure(tmp_path, "rdpo", lines).may_pass
 
