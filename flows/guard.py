@@ -11,10 +11,23 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
+
+import psutil
 
 
 def stop(group: int, seconds: float) -> None:
-    """End all processes of a group."""
+    """End all processes of a group, and what else its first one has started: torchrun's ranks have sessions of their own."""
+    family = list[psutil.Process]()
+    with suppress(psutil.NoSuchProcess):
+        family = psutil.Process(group).children(recursive=True)
+    _stop_group(group, seconds)
+    for process in family:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def _stop_group(group: int, seconds: float) -> None:
     for sent in (signal.SIGTERM, signal.SIGKILL):
         until = time.monotonic() + seconds
         try:
@@ -32,13 +45,19 @@ def main(seconds: float, command: list[str]) -> int:
     for meant_for_the_holder in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(meant_for_the_holder, signal.SIG_IGN)
 
+    stopping = threading.Event()
+
     def watch() -> None:
         os.read(0, 1)
+        stopping.set()
         stop(process.pid, seconds)
 
-    threading.Thread(target=watch, daemon=True).start()
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
     status = process.wait()
-    if status:
+    if stopping.is_set():
+        watcher.join()
+    elif status:
         stop(process.pid, seconds)  # of what a killed command has started
     return status if status >= 0 else 128 - status
 

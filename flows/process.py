@@ -72,6 +72,9 @@ def run(
     finally:
         alarm.cancel()
         _let_go(process)
+        if process.stdout:
+            process.stdout.close()
+        process.wait()
         _running.discard(process)
     if late.is_set():
         raise TimeoutError

@@ -158,9 +158,14 @@ def _batch_size(section: object) -> int | None:
 
 
 def _stop(signum: int, frame: object) -> None:
-    # torchrun sends it twice, and so do hands: the second must not end what the first began
-    signal.signal(signum, signal.SIG_IGN)
+    _go_on()
     raise Terminated if signum == signal.SIGTERM else KeyboardInterrupt
+
+
+def _go_on() -> None:
+    # launchers send several signals, of both kinds, and so do hands: they must not end what ends already
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, signal.SIG_IGN)
 
 
 def progress(items: Sequence[T], description: str, unit: str, done: int = 0) -> "tqdm[T]":
@@ -202,6 +207,7 @@ def _record(name: str, section: object, who: int = resource.RUSAGE_SELF) -> None
 
 
 def _fail(name: str, message: str, status: int = 1) -> None:
+    _go_on()
     if not report(message):
         typer.echo(f"stage {name}: {message}", err=True)
     raise typer.Exit(status)

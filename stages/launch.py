@@ -45,7 +45,9 @@ def run_ranks(module: str, arguments: Sequence[str], size: int) -> None:
         RankError: of the first that failed.
         SignalException: this process got one, of SIGTERM and SIGINT.
     """
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it says is said here
+    logger = logging.getLogger("torch.distributed.elastic")  # what it says is said here; its modules have levels of their own
+    logger.propagate = False
+    logger.addHandler(logging.NullHandler())
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // size)))
     os.environ[MARK] = "true"
     with TemporaryDirectory() as logs:
@@ -70,11 +72,19 @@ def run_ranks(module: str, arguments: Sequence[str], size: int) -> None:
 
 
 def _first(failures: Collection[ProcessFailure]) -> RankError:
-    """Of a rank that was killed, and can say nothing; else of one that does not merely follow others; else of the earliest."""
+    """The earliest with a reason of its own; else of one that was killed, and can say nothing; else of one that crashed.
+
+    The launcher itself kills ranks that wait too deep in torch to be told to end.
+    """
     told = {each.local_rank: _told(each) for each in failures}
+
+    def has_reason(each: ProcessFailure) -> bool:
+        return bool(told[each.local_rank]) and FOLLOWS not in told[each.local_rank] and each.exitcode not in ENDED
+
     first = min(
         failures,
         key=lambda each: (
+            not has_reason(each),
             each.exitcode != -signal.SIGKILL,
             each.exitcode in ENDED,
             FOLLOWS in told[each.local_rank],

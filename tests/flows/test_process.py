@@ -1,4 +1,5 @@
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -165,12 +166,23 @@ def test_a_command_has_the_environment_the_folder_no_input_and_this_pythons_prog
     assert os.environ["CHANGED"] == "old"
 
 
-def test_output_of_a_command_that_fails_is_its_last_line(tmp_path: Path) -> None:
-    assert process.output(["printf", "a\nb\n"], tmp_path) == "a\nb"
-    with pytest.raises(process.CommandError, match=r"^why$"):
-        process.output(["sh", "-c", "echo first; echo '  why '; exit 2"], tmp_path)
-    with pytest.raises(process.CommandError, match=r"^sh -c exit 2$"):
-        process.output(["sh", "-c", "exit 2"], tmp_path)
+@pytest.mark.parametrize(
+    ("printed", "why"),
+    [
+        (r"first\nlast\n", "last"),
+        (r"fatal: this\nhint: that\n", "fatal: this"),
+        (r"ERROR: this\n\nhint: that\n", "ERROR: this"),
+        (r"error: this\n", "error: this"),
+        ("", r"sh -c printf ''; exit 2 failed"),
+    ],
+)
+def test_output_of_a_command_that_fails_is_why(printed: str, why: str, tmp_path: Path) -> None:
+    with pytest.raises(process.CommandError, match=f"^{re.escape(why)}$"):
+        process.output(["sh", "-c", f"printf '{printed}'; exit 2"], tmp_path)
+
+
+def test_output_is_what_a_command_prints(tmp_path: Path) -> None:
+    assert process.output(["printf", r"a\nerror: b\n"], tmp_path) == "a\nerror: b"
     with pytest.raises(process.CommandError, match="'no-such-program'"):
         process.output(["no-such-program"], tmp_path)
 

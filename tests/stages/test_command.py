@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 import torch
 from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from stages import params
 from stages.bucket import S3
 from stages.command import command
 from stages.files import InputError, StageError, TemporaryError
 from stages.hub import NoAnswerError, UnreachableError
-from stages.launch import MARK, RankError, run_ranks
+from stages.launch import MARK, RankError, _first, run_ranks
 from stages.sample import sample
 
 from .conftest import ROOT, Workspace, hashes, small
@@ -293,6 +294,14 @@ def test_the_first_rank_that_fails_is_told_and_the_others_save(what: str, status
         run_ranks("rank", [what], 2)
     assert (str(found.value), found.value.status) == (message, status)
     assert what == "is killed" or saved() == {"saved-0"}
+
+
+def test_a_rank_that_the_launcher_had_to_kill_is_not_the_first(tmp_path: Path) -> None:
+    file = tmp_path / "error.json"
+    file.write_text(json.dumps({"message": {"message": "RankError: the hub is away", "extraInfo": {"timestamp": "2"}}}))
+    killed, failed = (ProcessFailure(rank, 1, status, str(path)) for rank, status, path in ((0, -9, ""), (1, 75, file)))
+    found = _first([killed, failed])
+    assert (str(found), found.status) == ("the hub is away", 75)
 
 
 def test_ranks_do_not_outlive_a_signal(ranks: None) -> None:
