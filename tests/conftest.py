@@ -30,5 +30,5 @@ def start() -> Tensor:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest first: else one process would wait for another that runs them at the end."""
-    longest = ("test_server", "test_tiny_pipeline")
+    longest = ("test_server", "test_tiny_pipeline", "test_long_runs", "test_text_to_image", "test_rdpo", "test_distill")
     items.sort(key=lambda item: next((place for place, name in enumerate(longest) if name in item.nodeid), len(longest)))

@@ -47,8 +47,6 @@ from flows.server import ALONE, GONE, WATCH
 
 from .conftest import git, make_repository
 
-pytestmark = pytest.mark.xdist_group("server")
-
 DEPLOYMENT = "rdpo/rdpo-digits"
 PATIENCE = 60.0
 """Seconds for what takes a few on an idle machine."""
