@@ -45,6 +45,7 @@ def main() -> None:
         "PREFECT_HOME": str(HOME.absolute()),
         "PREFECT_API_URL": f"{address}/api",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_TASKS_TAG_CONCURRENCY_SLOT_WAIT_SECONDS": "1",
     }
     HOME.mkdir(parents=True, exist_ok=True)
     prefect = [sys.executable, "-m", "prefect"]

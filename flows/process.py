@@ -90,9 +90,12 @@ def output(command: Sequence[str], folder: Path) -> str:
 
 
 def stop() -> None:
-    """Have every command that runs now save what it has done, and end."""
-    for process in list(_running):
+    """Have every command that runs now save what it has done, and end; return when all have."""
+    running = list(_running)
+    for process in running:
         _let_go(process)
+    for process in running:
+        process.wait()
 
 
 def end() -> None:

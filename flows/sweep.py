@@ -54,7 +54,11 @@ def _sweep(grid: list[str], backbone: str, remote: str | None, push: bool, deplo
     for overrides, state in zip(each, states, strict=True):
         if state.is_completed():
             found, changed = state.result(), [override for override in overrides if override not in same]
-            rows += [row(changed, found["experiment"], sampler, found["results"]) for sampler in LEARNED]
+            rows += [
+                row(changed, found["experiment"], sampler, found["results"])
+                for sampler in LEARNED
+                if sampler in found["results"]
+            ]
         else:
             failures.append(f"{' '.join(overrides)}: {state.message}")
     if rows:

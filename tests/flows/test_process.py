@@ -31,7 +31,7 @@ def end(*_):
 
 signal.signal(signal.SIGTERM, end)
 if others:
-    subprocess.Popen([sys.executable, __file__, *others])
+    subprocess.Popen([sys.executable, __file__, *others], start_new_session=others[0] == "rank")
 Path(f"{name}.new").write_text(str(os.getpid()))
 Path(f"{name}.new").rename(f"{name}.pid")
 print(name, flush=True)
@@ -207,6 +207,15 @@ def test_what_takes_too_long_is_ended_with_all_that_it_started(
     assert not thread.is_alive()
     assert len(failures) == 1
     assert pids(tmp_path).keys() == saved(tmp_path) == {"parent", "child"}
+    assert not any(map(alive, pids(tmp_path).values()))
+
+
+def test_what_has_a_session_of_its_own_ends_last(family: list[str], tmp_path: Path) -> None:
+    """As torchrun's ranks have: torchrun is to end them, so that they are not asked."""
+    running = Running([*family, "parent", "143", "rank", "stay"], tmp_path, there=2)
+    process.stop()
+    assert running.ended() == 143
+    assert saved(tmp_path) == {"parent"}
     assert not any(map(alive, pids(tmp_path).values()))
 
 
