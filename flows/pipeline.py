@@ -127,16 +127,16 @@ def repro(
             "and run the same again: it goes on from what it has saved"
         ) from None
     if status:
-        raise failure(folder, stage, lines)
+        raise failure(folder, stage, lines, status)
     if any(line.startswith("Running stage") for line in lines):
         return "ran"
     return "cache" if any("is cached" in line or line.startswith("Pulling data") for line in lines) else "unchanged"
 
 
-def failure(folder: Path, stage: str, lines: list[str]) -> StageError:
-    """What a command of DVC's that failed has said, and whether it may pass."""
+def failure(folder: Path, stage: str, lines: list[str], ended: int = 1) -> StageError:
+    """What a command that failed has said, and whether it may pass; where DVC ran a stage, the status is that stage's."""
     text = "\n".join(lines)
-    status = int(found[-1]) if (found := STATUS.findall(text)) else None
+    status = int(found[-1]) if (found := STATUS.findall(text)) else ended
     reason = _reason(lines)
     if status == os.EX_OSERR and (size := BATCH.search(reason)):
         smaller = max(1, int(size[1]) // 2)
@@ -145,17 +145,18 @@ def failure(folder: Path, stage: str, lines: list[str]) -> StageError:
         return StageError(f"{stage}: {reason}; now with batches of {smaller}", may_pass=True)
     if status in KILLED:
         reason = "killed, as a system does that is short of memory; the same again goes on from what was saved"
-    may_pass = status in (os.EX_TEMPFAIL, *KILLED) or (status is None and MAY_PASS.search(text) is not None)
+    may_pass = status in (os.EX_TEMPFAIL, *KILLED) or (not found and MAY_PASS.search(text) is not None)
     return StageError(f"{stage}: {reason}", may_pass)
 
 
 def _reason(lines: list[str]) -> str:
     """What the stage says last; else the exception that it ended in; else what DVC says."""
-    said = [found[1] for line in lines if (found := REASON.match(line))]
+    said = [index for index, line in enumerate(lines) if REASON.match(line)]
     errors = [index for index, line in enumerate(lines) if line.startswith("ERROR: ")]
-    if said:
-        return said[-1]
-    if errors and any(line.startswith("Traceback") for line in lines):
+    traces = [index for index, line in enumerate(lines) if line.startswith("Traceback")]
+    if said and (not traces or said[-1] > traces[-1]):
+        return REASON.sub(r"\1", lines[said[-1]])
+    if errors and traces:
         return lines[errors[0] - 1].strip()
     return lines[errors[0]].rpartition("': ")[2].removeprefix("ERROR: ") if errors else "ended without a word"
 

@@ -56,7 +56,7 @@ def _known(backbone: str) -> str:
 
 def _no_options(override: str) -> str:
     """Overrides have the form KEY=VALUE, +KEY=VALUE or ~KEY: none is an option of a command line."""
-    if not re.fullmatch(r"(\+{0,2}[\w@./:-]+=.*)|(~[\w@./-]+(=.*)?)", override, re.DOTALL):
+    if not re.fullmatch(r"(\+{0,2}[\w@][\w@./:-]*=.*)|(~[\w@./-]+(=.*)?)", override, re.DOTALL):
         raise ValueError(f"found {override!r}; valid: KEY=VALUE, +KEY=VALUE or ~KEY, as for dvc exp run -S")
     return override
 
@@ -89,7 +89,7 @@ def run_name() -> str:
 
 def experiment_name() -> str:
     """Of this run's experiment of DVC's; no two runs have the same."""
-    return f"{slug(run_name())[:40].strip('-')}-{str(flow_run.id)[:8]}"
+    return f"{slug(run_name())[:40].strip('-')}-{str(flow_run.id)[-12:]}"  # ids of one time begin alike
 
 
 @contextmanager

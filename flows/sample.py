@@ -80,7 +80,7 @@ def command(folder: Path, name: str, arguments: list[str]) -> None:
     """Run one of Parasol's commands in a workspace; StageError where it fails."""
     lines, tell = list[str](), Lines(name)
     if status := process.run([sys.executable, "-m", *arguments], folder, lambda line: (lines.append(line), tell(line))):
-        raise failure(folder, name, [*lines, f"exited with {status}"])
+        raise failure(folder, name, lines, status)
 
 
 def show(folder: Path, predictor: str, found: dict[str, Any]) -> None:

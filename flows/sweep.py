@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from dvc.exceptions import DvcException
 from dvc.utils.hydra import get_hydra_sweeps
 from hydra.errors import HydraException
 from prefect import State, flow, get_run_logger
@@ -72,7 +73,7 @@ def expand(grid: Sequence[str]) -> list[list[str]]:
     """Every combination, as `dvc exp run --queue -S` makes them; ValueError where there are none, or too many."""
     try:
         found = [each["params.yaml"] for each in get_hydra_sweeps({"params.yaml": list(grid)})]
-    except HydraException as error:
+    except (HydraException, DvcException) as error:
         raise ValueError(f"grid: {error}; valid: as num_steps=3,4") from None
     if not 1 <= len(found) <= MOST:
         raise ValueError(f"grid: found {len(found)} combinations; valid: 1 to {MOST}")
@@ -106,7 +107,8 @@ def row(overrides: Sequence[str], experiment: str, sampler: str, results: dict[s
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """In Markdown."""
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *([str(value) for value in each.values()] for each in rows)]
+    names = list(dict.fromkeys(name for each in rows for name in each))
+    lines = [names, ["---"] * len(names), *([str(each.get(name, "")) for name in names] for each in rows)]
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return (
         f"{text}\n\n± is 1.96 standard errors of n test samples. Every experiment has the same prompts and noise, "

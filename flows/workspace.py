@@ -221,8 +221,7 @@ def _configure(source: Path, folder: Path) -> None:
     with _local(folder) as local:
         local["cache"] = {**found["cache"], "dir": found["cache"].get("dir", str(source / ".dvc/cache"))}
         local["remote"] = found["remote"]
-        if "remote" in found["core"]:
-            local["core"] = {"remote": found["core"]["remote"]}
+        local["core"] = {"remote": found["core"]["remote"]} if "remote" in found["core"] else {}
 
 
 def _bring(source: Path, folder: Path, params: dict[str, Any]) -> None:
