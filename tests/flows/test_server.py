@@ -190,8 +190,9 @@ class Site:
             process.wait()
         left = list[str]()
         for process in self.processes():
-            left.append(" ".join(process.cmdline()))
-            process.kill()
+            with suppress(psutil.Error):
+                left.append(" ".join(process.cmdline()))
+                process.kill()
         return left
 
 
@@ -327,13 +328,14 @@ def killed(site: Site, deployed: Deployed) -> Killed:
         folders[run], devices[run] = site.workspace(run), site.tasks(run)["rdpo"].tags[0].rpartition("-")[2]
         begun[run], _ = time.monotonic(), deployed.workers[devices[run]].process.kill()
         for process in site.processes(PREFECT__FLOW_RUN_ID=str(run)):
-            if run == gone and "prefect" in " ".join(process.cmdline()):
-                process.kill()
+            with suppress(psutil.Error):  # it ends by itself
+                if run == gone and "prefect" in " ".join(process.cmdline()):
+                    process.kill()
     site.end(alone)
     seconds = time.monotonic() - begun[alone]
     with suppress(pytest.fail.Exception):
         wait(lambda: not any(site.processes(PREFECT__FLOW_RUN_ID=str(run)) for run in runs), "the end of all", 10)
-    left = [" ".join(each.cmdline()) for run in runs for each in site.processes(PREFECT__FLOW_RUN_ID=str(run))]
+    left = [str(each) for run in runs for each in site.processes(PREFECT__FLOW_RUN_ID=str(run))]
     return Killed(alone, gone, [*devices.values()], [steps(folders[run]) for run in runs], seconds, left)
 
 
