@@ -19,8 +19,8 @@ import typer
 
 HOME = Path(".dvc/tmp/prefect")
 SMALL = (  # of the pipeline on digits: the same stages, and too little of everything
-    *(f"~samplers.{name}" for name in ("heun", "dpm_solver_2", "dpm_solver_pp_2m", "ipndm_2")),
-    "backbone.iterations=300",
+    *(f"~samplers.{name}" for name in ("heun", "dpm_solver_2", "dpm_solver_pp_2m", "ipndm_2", "ipndm_3")),
+    "backbone.iterations=150",
     "backbone.channels=16",
     "backbone.classifier_iterations=200",
     "teacher.train=256",
