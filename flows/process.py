@@ -99,9 +99,10 @@ def stop() -> None:
 
 
 def end() -> None:
-    """`stop`, and start no other command from now on."""
+    """Start no other command from now on, and have those that run end, without waiting for them."""
     _ended.set()
-    stop()
+    for process in list(_running):
+        _let_go(process)
 
 
 def _let_go(process: subprocess.Popen[bytes]) -> None:

@@ -90,7 +90,9 @@ def workspace(source: Path, commit: str, work: Sequence[str], run: str) -> Itera
             _configure(source, folder)
             yield Workspace(folder, before if before not in ("", DONE) else None)
         except BaseException as error:
-            process.stop() if isinstance(error, Exception) else process.end()
+            if not isinstance(error, Exception):
+                process.end()
+            process.stop()
             _note(lock, "")
             raise
         _note(lock, DONE)
