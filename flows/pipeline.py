@@ -26,6 +26,7 @@ BATCH = re.compile(r"batch_size is (\d+)")
 MAY_PASS = re.compile(  # of DVC's own errors
     r"[Uu]nable to acquire lock|is busy, it is being blocked|failed to (pull|push|transfer|connect)|timed out|Could not connect"
     r"|Connection (reset|refused|aborted)|EndpointConnectionError|SlowDown|temporarily unavailable"
+    r"|No such file or directory: '[^']*/\.[\w-]+\.tmp'"  # two that share a cache came to the same entry of its at once
 )
 HINTS = ("To track the changes with git", "git add ", "To enable auto staging", "dvc config core.autostage", "Use `dvc push`")
 

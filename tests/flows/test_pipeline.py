@@ -166,6 +166,8 @@ def test_why_a_stage_failed(said: list[str], status: int, message: str, may_pass
         ("failed to pull data from the cloud - Checkout failed", True),
         ("unexpected error - Could not connect to the endpoint URL", True),
         ("unexpected error - [Errno 104] Connection reset by peer", True),
+        ("[Errno 2] No such file or directory: '/cache/runs/ab/abcd/.u4BYAbsnIHuH4s7waLfd-w.tmp'", True),
+        ("[Errno 2] No such file or directory: '/source/data/a.tmp'", False),
         ("Stage 'rdpo' not found inside 'dvc.yaml' file", False),
         ("unable to read: 'params.yaml', YAML file structure is corrupted", False),
     ],

