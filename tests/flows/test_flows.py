@@ -601,7 +601,15 @@ def test_a_kubernetes_job_has_gpus_and_what_runs_share() -> None:
         {"name": "memory", "emptyDir": {"medium": "Memory", "sizeLimit": "16Gi"}},
     ]
     assert spec["terminationGracePeriodSeconds"] > 60  # process.GRACE, and some
-    assert resolved("kubernetes", image="parasol")["job_manifest"]["spec"]["backoffLimit"] == 0  # DVC's retries are enough
+
+
+def test_a_kubernetes_job_is_one_pod_that_is_not_tried_again() -> None:
+    spec = resolved("kubernetes", image="parasol")["job_manifest"]["spec"]
+    assert {name: value for name, value in spec.items() if name != "template"} == {
+        "backoffLimit": 0,  # a stage's own retries are enough
+        "parallelism": 1,
+        "completions": 1,
+    }
 
 
 def test_templates_are_installed_with_the_flows() -> None:
