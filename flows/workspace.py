@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import platform
 import re
 import shutil
 import sys
@@ -214,6 +215,9 @@ def _clone(source: Path, commit: str, folder: Path) -> None:
     shutil.rmtree(new, ignore_errors=True)
     process.output(["git", "clone", "--quiet", "--no-checkout", str(source), str(new)], source)
     process.output(["git", "checkout", "--quiet", "--detach", commit], new)
+    for key, value in {"user.name": "Parasol", "user.email": f"parasol@{platform.node()}"}.items():
+        if process.run(["git", "config", key], new, str):  # a container's git knows nobody, and an experiment is a commit
+            process.output(["git", "config", key, value], new)
     new.rename(folder)
 
 

@@ -1,17 +1,21 @@
 import hashlib
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from dvc.lock import FAILED_TO_LOCK_MESSAGE, LockError
+from dvc.repo import Repo, lock_repo
 from dvc.rwlock import _check_blockers
 
 from flows import pipeline, process
 from flows.pipeline import StageError, failure, read_graph, read_hashes, repro, select
 
+FOUND = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
 GRAPH = {
     "backbone": [],
     "refs": ["backbone"],
@@ -90,6 +94,36 @@ def test_a_stage_runs_is_unchanged_or_comes_from_the_cache(repository: Path) -> 
     (repository / "dvc.lock").unlink()
     assert make(repository)[0] == "cache"
     assert made.read_bytes() == text
+
+
+def test_what_dvc_push_leaves_out_is_pushed(repository: Path, tmp_path: Path) -> None:
+    for stage in ("backbone", "refs", "rdpo"):
+        make(repository, stage)
+    assert push_uncached(repository, "rdpo") == (0, "")
+    curve = hashlib.md5((repository / "results/rdpo.csv").read_bytes()).hexdigest()
+    assert [file.parent.name + file.name for file in tmp_path.glob("remote/files/md5/*/*")] == [curve]
+    for stage in ("sample@euler", "sample@rdpo", "report"):
+        make(repository, stage)
+    assert push_uncached(repository, "report") == (0, "")  # what is no metric and no plot, DVC does not keep
+
+
+def push_uncached(repository: Path, stage: str) -> tuple[int, str]:
+    command = [sys.executable, "-m", "flows.uncached", stage, "storage"]
+    done = subprocess.run(command, cwd=repository, env=FOUND, capture_output=True, text=True)
+    return done.returncode, done.stderr + done.stdout
+
+
+def test_a_push_waits_while_another_stage_writes_the_lock_file(repository: Path) -> None:
+    make(repository)
+    lock = repository / "dvc.lock"
+    whole, command = lock.read_text(), [sys.executable, "-m", "flows.uncached", "backbone", "storage"]
+    with Repo(str(repository)) as repo, lock_repo(repo):
+        lock.write_text(whole.removeprefix("schema: '2.0'"))
+        push = subprocess.Popen(command, cwd=repository, env=FOUND, stderr=subprocess.PIPE)
+        with pytest.raises(subprocess.TimeoutExpired):
+            push.wait(4)
+        lock.write_text(whole)
+    assert (push.communicate(timeout=60)[1], push.returncode) == (b"", 0)
 
 
 def test_out_of_memory_lowers_the_batch_until_it_fits(repository: Path) -> None:

@@ -411,6 +411,8 @@ def test_files_elsewhere_are_not_brought(source: Path, tmp_path: Path) -> None:
 def test_an_experiment_is_in_the_source_and_where_it_was_pushed(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))  # git knows nobody's name, as in a container
+    monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
     (source / "dvc.yaml").write_text("stages: {}\n")  # whose outputs would have to be there
     (source / "results/report.md").write_text("| before |\n")
     head = commit(source)
@@ -425,6 +427,7 @@ def test_an_experiment_is_in_the_source_and_where_it_was_pushed(
         assert git(place, "for-each-ref", "--format=%(refname)", "refs/exps").split() == [ref]
         assert yaml.safe_load(git(place, "show", f"{ref}:params.yaml"))["backbone"]["name"] == "sd3"
         assert git(place, "show", f"{ref}:results/report.md") == "| n |\n"
+        assert git(place, "show", "--no-patch", "--format=%an", ref) == "Parasol\n"
     assert clean_commit(source) == head
 
     git(source, "remote", "set-url", "origin", str(tmp_path / "nowhere"))
