@@ -16,6 +16,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, TextIO, cast
 
+import psutil
 import yaml
 from dvc.config import Config
 from dvc.utils.hydra import compose_and_dump
@@ -89,6 +90,7 @@ def workspace(source: Path, commit: str, work: Sequence[str], run: str) -> Itera
             if not folder.exists():
                 _clone(source, commit, folder)
             _configure(source, folder)
+            _forget_killed(folder)
             yield Workspace(folder, before if before not in ("", DONE) else None)
         except BaseException as error:
             if not isinstance(error, Exception):
@@ -228,6 +230,16 @@ def _configure(source: Path, folder: Path) -> None:
         local["cache"] = {**found["cache"], "dir": found["cache"].get("dir", str(source / ".dvc/cache"))}
         local["remote"] = found["remote"]
         local["core"] = {"remote": found["core"]["remote"]} if "remote" in found["core"] else {}
+
+
+def _forget_killed(folder: Path) -> None:
+    """Remove DVC's notes of who works in a clone, if nobody does.
+
+    They are numbers of processes. DVC waits for ever for one that was killed where another has its number meanwhile: after the
+    machine has started again, or in another container.
+    """
+    if not any(each.info["cwd"] == str(folder.resolve()) for each in psutil.process_iter(["cwd"])):
+        (folder / ".dvc/tmp/rwlock").unlink(missing_ok=True)
 
 
 def _bring(source: Path, folder: Path, params: dict[str, Any]) -> None:

@@ -1,4 +1,5 @@
 import fcntl
+import json
 import os
 import shutil
 import stat
@@ -171,6 +172,20 @@ def test_a_run_that_failed_was_not_killed(error: type[BaseException], source: Pa
     again = opened(source)
     assert again.interrupted is None
     assert (again.folder / "saved").exists()
+
+
+def test_a_killed_process_whose_number_another_has_does_not_block(source: Path) -> None:
+    folder = opened(source).folder
+    lock = folder / ".dvc/tmp/rwlock"
+    note = json.dumps({"read": {}, "write": {str(folder / "models/backbone"): {"pid": os.getppid(), "cmd": "dvc repro"}}})
+    lock.parent.mkdir(exist_ok=True)
+    lock.write_text(note)
+    with subprocess.Popen(["sleep", "60"], cwd=folder) as still_there:
+        assert opened(source).folder == folder
+        assert lock.read_text() == note
+        still_there.kill()
+    assert opened(source).folder == folder
+    assert not lock.exists()
 
 
 def test_a_clone_is_whole_or_not_there(source: Path) -> None:
