@@ -9,7 +9,7 @@ from prefect import State, flow, get_run_logger
 from flows.pipeline import read_graph, read_hashes, repro, select
 from flows.runs import SOURCE, Backbone, Overrides, begun, experiment_name, run_name, watched
 from flows.server import prepare_to_deploy
-from flows.shown import PAGE, read_results, show_pictures, show_report
+from flows.shown import PAGE, read_results, show_numbers, show_pictures, show_report
 from flows.stage import make
 from flows.workspace import remotes, save_experiment, use_remote
 
@@ -55,10 +55,12 @@ def _rdpo(
         get_run_logger().info("%d stages of commit %s in %s", len(graph), begin.commit[:12], folder)
         rows = make(folder, graph, begin.params, remote, remote if push else None, force)
         experiment = report = None
+        results = read_results(folder)
         if "report" in graph:
             experiment = experiment_name()
             if refused := save_experiment(SOURCE, folder, experiment, push):
                 get_run_logger().warning("experiment %s was not pushed: %s", experiment, refused)
+            show_numbers(results, experiment)
             report = show(folder, experiment)
         return {
             "backbone": backbone,
@@ -68,7 +70,7 @@ def _rdpo(
             "experiment": experiment,
             "stages": rows,
             "hashes": {name: made for name, made in read_hashes(folder).items() if name in graph},
-            "results": read_results(folder),
+            "results": results,
             "report": report,
         }
 

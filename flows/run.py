@@ -5,7 +5,6 @@ What `prefect deployment run --watch` does, and: what the run's tasks say, its r
 
 import json
 import time
-from collections.abc import Iterator
 from typing import Annotated, Any
 from uuid import UUID
 
@@ -23,8 +22,10 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import FlowRun, WorkerStatus
 from prefect.client.schemas.sorting import LogSort
-from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
+from prefect.exceptions import PrefectHTTPStatusError
 from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL
+
+from flows.server import find_deployment
 
 EVERY = 2.0
 """Seconds between two looks."""
@@ -91,23 +92,18 @@ def run(deployment: str, parameters: dict[str, Any], patience: float) -> None:
 def _start(client: SyncPrefectClient, deployment: str, parameters: dict[str, Any]) -> FlowRun:
     """A new run of a deployment."""
     try:
-        found = client.read_deployment_by_name(deployment)
-    except (ObjectNotFound, ValueError):
-        there = ", ".join(sorted(_names(client))) or "none, until: prefect deploy --all"
-        raise RunError(f"deployment: found {deployment!r}; valid: {there}") from None
+        found = find_deployment(client, deployment)
+    except ValueError as error:
+        raise RunError(str(error)) from None
     known = (found.parameter_openapi_schema or {}).get("properties", {})
     if unknown := parameters.keys() - known.keys():
-        raise RunError(f"parameters: found {', '.join(sorted(unknown))}; valid: {', '.join(known)}")
+        valid = sorted(known, key=lambda name: known[name]["position"])
+        raise RunError(f"parameters: found {', '.join(sorted(unknown))}; valid: {', '.join(valid)}")
     try:
         return client.create_flow_run_from_deployment(found.id, parameters=parameters)
     except PrefectHTTPStatusError as error:
         detail = error.response.json().get("detail", str(error))
         raise RunError(f"parameters: {detail}") from None
-
-
-def _names(client: SyncPrefectClient) -> Iterator[str]:
-    flows = {flow.id: flow.name for flow in client.read_flows()}
-    return (f"{flows[each.flow_id]}/{each.name}" for each in client.read_deployments())
 
 
 def _follow(client: SyncPrefectClient, run: FlowRun, patience: float) -> FlowRun:

@@ -5,7 +5,7 @@ from datetime import timedelta
 from uuid import UUID
 
 from prefect.automations import AutomationCore, EventTrigger, Posture
-from prefect.client.orchestration import get_client
+from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.filters import (
     FlowRunFilter,
@@ -15,6 +15,7 @@ from prefect.client.schemas.filters import (
     TaskRunFilterStateType,
 )
 from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.responses import DeploymentResponse
 from prefect.events.actions import ChangeFlowRunState
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Crashed
@@ -47,6 +48,17 @@ def prepare_to_deploy() -> None:
     """
     if "deploy" in sys.argv[1:]:
         prepare()
+
+
+def find_deployment(client: SyncPrefectClient, name: str) -> DeploymentResponse:
+    """A deployment by FLOW/NAME; ValueError with those that there are."""
+    try:
+        return client.read_deployment_by_name(name)
+    except (ObjectNotFound, ValueError):
+        flows = {flow.id: flow.name for flow in client.read_flows()}
+        there = sorted(f"{flows[each.flow_id]}/{each.name}" for each in client.read_deployments())
+        valid = ", ".join(there) or "none, until: prefect deploy --all"
+        raise ValueError(f"deployment: found {name!r}; valid: {valid}") from None
 
 
 def bury(run: str, why: str = GONE) -> None:

@@ -6,10 +6,13 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import numpy as np
 from PIL import Image
 from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, ArtifactFilterKey
 from safetensors.numpy import load_file
 
 from flows.runs import slug
@@ -30,6 +33,19 @@ def show_report(folder: Path, links: dict[str, str]) -> str:
     linked = "\n".join(f"- {name}: {link}" for name, link in links.items())
     create_markdown_artifact(f"{report}\n## Where it is\n\n{linked}\n", "results", "Samplers compared, and paired differences")
     return report
+
+
+def show_numbers(results: dict[str, dict[str, Any]], experiment: str) -> None:
+    """What there is of each sampler; `read_numbers` has it again, on any machine."""
+    rows = [{"sampler": sampler, **values, "experiment": experiment} for sampler, values in results.items()]
+    create_table_artifact(rows, "numbers", "Each sampler's numbers")
+
+
+def read_numbers(run: UUID) -> list[dict[str, Any]]:
+    """Of a run that has ended, what `show_numbers` was given."""
+    wanted = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run]), key=ArtifactFilterKey(any_=["numbers"]))
+    with get_client(sync_client=True) as client:
+        return [row for artifact in client.read_artifacts(artifact_filter=wanted) for row in json.loads(str(artifact.data))]
 
 
 def show_pictures(folder: Path) -> None:

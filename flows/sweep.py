@@ -1,28 +1,33 @@
 """A grid of overrides: one experiment of DVC's for each combination, and one comparison of them all."""
 
+import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
+from uuid import UUID
 
 from dvc.exceptions import DvcException
 from dvc.utils.hydra import get_hydra_sweeps
 from hydra.errors import HydraException
 from prefect import State, flow, get_run_logger
 from prefect.artifacts import create_markdown_artifact
-from prefect.client.orchestration import get_client
+from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.deployments import run_deployment
+from prefect.states import Cancelling
 
 from flows.pipeline import StageError
 from flows.rdpo import rdpo
 from flows.runs import SOURCE, Backbone, Overrides, run_name, watched
+from flows.server import find_deployment
+from flows.shown import read_numbers
 from flows.workspace import clean_commit
 
 MOST = 100
 """Experiments of a sweep."""
 LEARNED = ("distilled", "rdpo")
 COLUMNS = {"frechet_distance": "FD", "distance_to_reference": "FD to reference", "rmse": "RMSE", "reward": "reward"}
-EVERY = 5.0
-"""Seconds between looks at runs that are elsewhere."""
+EVERY, PATIENCE = 5.0, 60.0
+"""Seconds between looks at runs that are elsewhere, and after which it is told that no worker takes one."""
 
 
 @flow(name="sweep", flow_run_name=run_name, persist_result=True, result_serializer="json")
@@ -49,17 +54,14 @@ def _sweep(grid: list[str], backbone: str, remote: str | None, push: bool, deplo
     each = expand(grid)
     parameters = [{"backbone": backbone, "overrides": overrides, "remote": remote, "push": push} for overrides in each]
     get_run_logger().info("%d experiments", len(each))
-    states = list(elsewhere(deployment, parameters) if deployment else (_here(given) for given in parameters))
-    rows, failures = [], []
+    states = elsewhere(deployment, parameters) if deployment else [_here(given) for given in parameters]
     same = set.intersection(*map(set, each)) if len(each) > 1 else set[str]()
+    rows, failures = list[dict[str, Any]](), list[str]()
     for overrides, state in zip(each, states, strict=True):
-        if state.is_completed():
-            found, changed = state.result(), [override for override in overrides if override not in same]
-            rows += [
-                row(changed, found["experiment"], sampler, found["results"])
-                for sampler in LEARNED
-                if sampler in found["results"]
-            ]
+        run = state.state_details.flow_run_id
+        if run and state.is_completed():
+            changed = [override for override in overrides if override not in same]
+            rows += [row(changed, found) for found in read_numbers(run) if found["sampler"] in LEARNED]
         else:
             failures.append(f"{' '.join(overrides)}: {state.message}")
     if rows:
@@ -85,24 +87,35 @@ def _here(parameters: dict[str, Any]) -> "State[Any]":
     return call(**parameters, return_state=True)
 
 
-def elsewhere(deployment: str, parameters: Sequence[dict[str, Any]]) -> "Iterator[State[Any]]":
-    """The final states of runs of a deployment, which its workers take."""
-    runs: list[Any] = [run_deployment(deployment, parameters=given, timeout=0) for given in parameters]
+def elsewhere(deployment: str, parameters: Sequence[dict[str, Any]]) -> "list[State[Any]]":
+    """The final states of runs of a deployment, which its workers take. They end with this one, if it is cancelled."""
     with get_client(sync_client=True) as client:
-        for run in runs:
-            while (state := client.read_flow_run(run.id).state) is None or not state.is_final():
-                time.sleep(EVERY)
-            yield state
+        find_deployment(client, deployment)
+        runs: list[Any] = [run_deployment(deployment, parameters=given, timeout=0) for given in parameters]
+        try:
+            return [_end(client, run.id, late=time.monotonic() + PATIENCE) for run in runs]
+        except BaseException:
+            for run in runs:
+                client.set_flow_run_state(run.id, Cancelling())
+            raise
 
 
-def row(overrides: Sequence[str], experiment: str, sampler: str, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _end(client: SyncPrefectClient, run: UUID, late: float) -> "State[Any]":
+    while (state := client.read_flow_run(run).state) is None or not state.is_final():
+        if state and state.is_scheduled() and time.monotonic() > late:
+            get_run_logger().warning("%s: no worker takes it; this run has one's place, and the others may be busy", run)
+            late = math.inf
+        time.sleep(EVERY)
+    return state
+
+
+def row(overrides: Sequence[str], found: dict[str, Any]) -> dict[str, Any]:
     """One sampler's numbers in one experiment, each with 1.96 standard errors."""
-    found = results[sampler]
     shown = {
         label: f"{found[key]:.4g} ± {1.96 * found[f'{key}_se']:.2g}" for key, label in COLUMNS.items() if f"{key}_se" in found
     }
     cost = {"n": found["n"], "serial": found["serial_evaluations"], "total": found["total_evaluations"]}
-    return {"overrides": " ".join(overrides), "sampler": sampler, **cost, **shown, "experiment": experiment}
+    return {"overrides": " ".join(overrides), "sampler": found["sampler"], **cost, **shown, "experiment": found["experiment"]}
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

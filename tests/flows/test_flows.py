@@ -2,9 +2,11 @@ import asyncio
 import base64
 import io
 import json
+import logging
 import re
 import subprocess
 import tomllib
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +23,7 @@ from prefect.exceptions import ParameterTypeError
 from prefect.flows import Flow, load_flow_from_entrypoint
 from prefect.settings import PREFECT_RESULTS_DEFAULT_SERIALIZER
 from prefect.settings.context import get_current_settings
+from prefect.states import Completed, Pending, Running, Scheduled, State
 from prefect.utilities.callables import parameter_schema
 from prefect.utilities.importtools import import_object
 from prefect.utilities.schema_tools import ValidationError, validate
@@ -245,7 +248,11 @@ def test_a_grid_that_cannot_be_is_refused(grid: list[str], said: str) -> None:
 def test_a_sweep_compares_what_stages_report() -> None:
     """Of the committed results."""
     results = shown.read_results(ROOT)
-    rows = [sweep.row([f"num_steps={n}", "a=b"], f"e-{n}", name, results) for n in (3, 4) for name in sweep.LEARNED]
+    rows = [
+        sweep.row([f"num_steps={n}", "a=b"], {"sampler": name, **results[name], "experiment": f"e-{n}"})
+        for n in (3, 4)
+        for name in sweep.LEARNED
+    ]
     assert rows[1] == {
         "overrides": "num_steps=3 a=b",
         "sampler": "rdpo",
@@ -272,6 +279,56 @@ def test_a_comparison_has_each_number_below_its_name() -> None:
     names = [cell.strip() for cell in header.strip("|").split("|")]
     found = [dict(zip(names, (cell.strip() for cell in line.strip("|").split("|")), strict=True)) for line in lines]
     assert [{name: each[name] for name in row} for row, each in zip(rows, found, strict=True)] == rows
+
+
+class Elsewhere:
+    """Of a server, what a sweep asks of it: each of the runs goes through the states given, the last of which remains."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *states: State[Any] | BaseException) -> None:
+        self.states, self.left, self.set = states, dict[int, list[Any]](), list[tuple[int, str | None]]()
+        monkeypatch.setattr(sweep, "get_client", lambda sync_client: nullcontext(self))
+        monkeypatch.setattr(sweep, "run_deployment", self.run)
+        monkeypatch.setattr(sweep, "find_deployment", lambda client, name: None)
+        monkeypatch.setattr(sweep, "EVERY", 0.001)
+        monkeypatch.setattr(sweep, "get_run_logger", lambda: logging.getLogger("sweep"))
+
+    def run(self, deployment: str, parameters: dict[str, int], timeout: float) -> Any:
+        assert (deployment, timeout) == ("rdpo/rdpo-sd3", 0)
+        self.left[parameters["id"]] = list(self.states)
+        return SimpleNamespace(id=parameters["id"])
+
+    def read_flow_run(self, run: int) -> Any:
+        state = self.left[run].pop(0) if len(self.left[run]) > 1 else self.left[run][0]
+        if isinstance(state, BaseException):
+            raise state
+        return SimpleNamespace(state=state)
+
+    def set_flow_run_state(self, run: int, state: State[Any]) -> None:
+        self.set.append((run, state.name))
+
+
+def test_experiments_elsewhere_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = Elsewhere(monkeypatch, Pending(), Running(), Completed())
+    states = sweep.elsewhere("rdpo/rdpo-sd3", [{"id": 1}, {"id": 2}])
+    assert [state.name for state in states] == ["Completed"] * 2
+    assert there.set == []
+
+
+def test_experiments_elsewhere_end_with_their_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = Elsewhere(monkeypatch, Running(), KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        sweep.elsewhere("rdpo/rdpo-sd3", [{"id": 1}, {"id": 2}])
+    assert there.set == [(1, "Cancelling"), (2, "Cancelling")]
+
+
+@pytest.mark.parametrize(("patience", "told"), [(0.0, 2), (60.0, 0)])
+def test_an_experiment_that_no_worker_takes_is_told_once(
+    patience: float, told: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(sweep, "PATIENCE", patience)
+    Elsewhere(monkeypatch, *[Scheduled()] * 5, Completed())
+    sweep.elsewhere("rdpo/rdpo-sd3", [{"id": 1}, {"id": 2}])
+    assert [record.args for record in caplog.records if "no worker takes it" in record.message] == [(1,), (2,)][:told]
 
 
 # ---------------------------------------------------------------- what is shown
@@ -304,6 +361,12 @@ def test_times_are_a_table(artifacts: Artifacts) -> None:
     rows = [{"stage": "rdpo", "how": "ran", "seconds": 1.5, "attempts": 2}]
     shown.show_times(rows)
     assert [artifact[:2] for artifact in artifacts] == [(rows, "stages")]
+
+
+def test_numbers_are_a_table(artifacts: Artifacts) -> None:
+    shown.show_numbers({"euler": {"n": 2, "rmse": 0.5}}, "digits-1a2b")
+    rows = [{"sampler": "euler", "n": 2, "rmse": 0.5, "experiment": "digits-1a2b"}]
+    assert [artifact[:2] for artifact in artifacts] == [(rows, "numbers")]
 
 
 def test_the_report_has_links(artifacts: Artifacts, tmp_path: Path) -> None:

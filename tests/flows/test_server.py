@@ -125,8 +125,8 @@ class Site:
         """Runs of rdpo without a worker, one after the other."""
         return self.start("-c", LOCAL, json.dumps(runs), folder=folder, CUDA_VISIBLE_DEVICES=device)
 
-    def submit(self, deployment: str = DEPLOYMENT, queue: str | None = None, **parameters: object) -> UUID:
-        found = self.client.read_deployment_by_name(deployment)
+    def submit(self, name: str = DEPLOYMENT, queue: str | None = None, **parameters: object) -> UUID:
+        found = self.client.read_deployment_by_name(name)
         return self.client.create_flow_run_from_deployment(found.id, parameters=parameters, work_queue_name=queue).id
 
     def read(self, run: UUID) -> FlowRun:
@@ -356,6 +356,7 @@ class Ended:
         wrong: a run that cannot succeed.
         restored, unchanged: the first once more, in the clone, and where it was.
         sweep: of two experiments.
+        shared: the same, made by workers.
         local: of runs without a worker, what became of each.
     """
 
@@ -368,6 +369,7 @@ class Ended:
     restored: FlowRun
     unchanged: FlowRun
     sweep: FlowRun
+    shared: FlowRun
     local: dict[str, list[dict[str, Any]]]
 
 
@@ -386,7 +388,7 @@ BAD = {
 
 @pytest.fixture(scope="module")
 def ended(site: Site, deployed: Deployed, killed: Killed) -> Ended:
-    site.worker("1", site.source, "--limit", "4", "--work-queue", "default")
+    site.worker("1", site.source, "--limit", "6", "--work-queue", "default")
     command = site.start("-m", "flows.run", DEPLOYMENT, "-S", SLOW, "--param", "push=true")
     cancelled = site.submit(backbone="sd3", overrides=[LONG])
     wait(lambda: site.checkpoint(cancelled) > killed.steps[1], "steps of the run to cancel")
@@ -400,6 +402,7 @@ def ended(site: Site, deployed: Deployed, killed: Killed) -> Ended:
     site.end(again)
     restored = site.submit(queue="second", overrides=[SLOW], targets=["rdpo"], remote="storage")
     unchanged = site.submit(overrides=[SLOW])
+    shared = site.submit("sweep/sweep", grid=["rdpo.steps=2,3"], deployment=DEPLOYMENT)
     return Ended(
         again=site.read(again),
         cancelled=site.end(cancelled),
@@ -410,6 +413,7 @@ def ended(site: Site, deployed: Deployed, killed: Killed) -> Ended:
         restored=site.end(restored),
         unchanged=site.end(unchanged),
         sweep=site.end(sweep),
+        shared=site.end(shared),
         local={name: [json.loads(line) for line in each.wait().splitlines() if line[0] == "{"] for name, each in local.items()},
     )
 
@@ -554,6 +558,16 @@ def test_sweep_compares(site: Site, ended: Ended) -> None:
         [f"| rdpo.steps={steps}", sampler] for steps in (2, 3) for sampler in ("distilled", "rdpo")
     ]
     assert {row.split()[-2] for row in rows} <= set(exp_list(site))
+
+
+def test_a_sweep_of_workers_compares_the_same(site: Site, ended: Ended) -> None:
+    assert ended.shared.state_name == "Completed"
+    tables = [site.artifacts(run.id)["comparison"].splitlines() for run in (ended.sweep, ended.shared)]
+    here, elsewhere = ([line.rpartition(" | ")[0] for line in table] for table in tables)  # but for the experiments' names
+    assert here == elsewhere
+    children = site.children(ended.shared.id)
+    assert {run.name for run in children} == {"digits rdpo.steps=2", "digits rdpo.steps=3"}
+    assert all(run.deployment_id for run in children)
 
 
 def test_what_cannot_pass_is_tried_once(site: Site, ended: Ended) -> None:
