@@ -6,6 +6,8 @@ TORCH := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 UV := uv==0.13.8
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export HF_HUB_OFFLINE ?= 1
+# every stage is a process of its own, and compiling what it imports would be a third of its start
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: run test prefect-demo install params lock clean
 
