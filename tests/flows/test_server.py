@@ -402,6 +402,7 @@ def ended(site: Site, deployed: Deployed, killed: Killed) -> Ended:
     site.end(again)
     restored = site.submit(queue="second", overrides=[SLOW], targets=["rdpo"], remote="storage")
     unchanged = site.submit(overrides=[SLOW])
+    site.end(sweep)
     shared = site.submit("sweep/sweep", grid=["rdpo.steps=2,3"], deployment=DEPLOYMENT)
     return Ended(
         again=site.read(again),
