@@ -25,6 +25,9 @@ class CommandError(Exception):
 class EndedError(Exception):
     """This process is about to end, and starts nothing any more."""
 
+    def __init__(self) -> None:
+        super().__init__("stopped, since its run ends; the same again goes on from what was saved")
+
 
 def run(
     command: Sequence[str],
@@ -44,7 +47,7 @@ def run(
 
     Raises:
         TimeoutError: it took more. It was stopped, as by `stop`.
-        EndedError: after `end`.
+        EndedError: `end` was called, before this or meanwhile.
     """
     if _ended.is_set():
         raise EndedError
@@ -78,6 +81,8 @@ def run(
         _running.discard(process)
     if late.is_set():
         raise TimeoutError
+    if status and _ended.is_set():
+        raise EndedError
     return status
 
 

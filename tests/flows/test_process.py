@@ -83,17 +83,21 @@ def saved(folder: Path) -> set[str]:
 
 
 class Running(threading.Thread):
-    """`process.run` in the background, and its status."""
+    """`process.run` in the background, and its status, or why it has none."""
 
     def __init__(self, command: list[str], folder: Path, there: int) -> None:
         super().__init__(daemon=True)
         self.command, self.folder = command, folder
         self.status: int | None = None
+        self.error: Exception | None = None
         self.start()
         wait_until(lambda: len(pids(folder)) == there)
 
     def run(self) -> None:
-        self.status = process.run(self.command, self.folder, lambda _: None)
+        try:
+            self.status = process.run(self.command, self.folder, lambda _: None)
+        except process.EndedError as error:
+            self.error = error
 
     def ended(self) -> int | None:
         self.join(20)
@@ -243,7 +247,8 @@ def test_after_the_end_nothing_is_started(family: list[str], tmp_path: Path, mon
     monkeypatch.setattr(process, "_ended", threading.Event())
     running = Running([*family, "parent", "143"], tmp_path, there=1)
     process.end()
-    assert running.ended() == 143
+    assert running.ended() is None
+    assert str(running.error) == "stopped, since its run ends; the same again goes on from what was saved"
     assert saved(tmp_path) == {"parent"}
     with pytest.raises(process.EndedError):
         process.run(["touch", "started"], tmp_path, print)
