@@ -54,8 +54,9 @@ def _rdpo(
         graph = select(read_graph(folder), targets)
         get_run_logger().info("%d stages of commit %s in %s", len(graph), begin.commit[:12], folder)
         rows = make(folder, graph, begin.params, remote, remote if push else None, force)
+        hashes = {name: made for name, made in read_hashes(folder).items() if name in graph}
+        results = read_results(folder, [file for made in hashes.values() for file in made])
         experiment = report = None
-        results = read_results(folder)
         if "report" in graph:
             experiment = experiment_name()
             if refused := save_experiment(SOURCE, folder, experiment, push):
@@ -69,7 +70,7 @@ def _rdpo(
             "workspace": str(folder),
             "experiment": experiment,
             "stages": rows,
-            "hashes": {name: made for name, made in read_hashes(folder).items() if name in graph},
+            "hashes": hashes,
             "results": results,
             "report": report,
         }

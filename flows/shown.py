@@ -3,7 +3,7 @@
 import base64
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -70,10 +70,10 @@ def show_image(name: str, image: Image.Image, description: str) -> None:
     create_image_artifact(f"data:image/webp;base64,{data}", f"pictures-{slug(name)}", description)
 
 
-def read_results(folder: Path) -> dict[str, dict[str, Any]]:
-    """Of each sampler, its numbers."""
+def read_results(folder: Path, made: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Of each sampler, its numbers, in those files of results/ that were made; the commit may have others, of other runs."""
     found = {}
-    for file in sorted((folder / "results").glob("*.json")):
-        values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    for file in sorted(Path(name) for name in made if Path(name).match("results/*.json")):
+        values: dict[str, Any] = json.loads((folder / file).read_text(encoding="utf-8"))
         found[file.stem] = {key: value for key, value in values.items() if isinstance(value, (int, float))}
     return found

@@ -247,7 +247,7 @@ def test_a_grid_that_cannot_be_is_refused(grid: list[str], said: str) -> None:
 
 def test_a_sweep_compares_what_stages_report() -> None:
     """Of the committed results."""
-    results = shown.read_results(ROOT)
+    results = shown.read_results(ROOT, [f"results/{name}.json" for name in sweep.LEARNED])
     rows = [
         sweep.row([f"num_steps={n}", "a=b"], {"sampler": name, **results[name], "experiment": f"e-{n}"})
         for n in (3, 4)
@@ -408,12 +408,14 @@ def test_images_are_as_wide_as_the_page(size: tuple[int, int], shown_as: tuple[i
     assert picture(artifacts[0]).size == shown_as
 
 
-def test_results_are_the_numbers_of_each_sampler(tmp_path: Path) -> None:
-    assert shown.read_results(tmp_path) == {}
+def test_results_are_the_numbers_of_each_sampler_that_was_made(tmp_path: Path) -> None:
     (tmp_path / "results").mkdir()
-    (tmp_path / "results/euler.json").write_text(json.dumps({"n": 2, "rmse": 0.5, "list": [1], "name": "x", "none": None}))
-    (tmp_path / "results/report.md").touch()
-    assert shown.read_results(tmp_path) == {"euler": {"n": 2, "rmse": 0.5}}
+    for name in ("euler", "of_another_run"):
+        found = {"n": 2, "rmse": 0.5, "list": [1], "name": "x", "none": None}
+        (tmp_path / f"results/{name}.json").write_text(json.dumps(found))
+    made = ["results/euler.json", "results/report.md", "models/metrics.json"]
+    assert shown.read_results(tmp_path, made) == {"euler": {"n": 2, "rmse": 0.5}}
+    assert shown.read_results(tmp_path, []) == {}
 
 
 def test_samples_are_shown_with_cost_and_scores(artifacts: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
