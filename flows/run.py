@@ -97,7 +97,7 @@ def _start(client: SyncPrefectClient, deployment: str, parameters: dict[str, Any
         raise RunError(str(error)) from None
     known = (found.parameter_openapi_schema or {}).get("properties", {})
     if unknown := parameters.keys() - known.keys():
-        valid = sorted(known, key=lambda name: known[name]["position"])
+        valid = sorted(known, key=lambda name: known[name].get("position", 0))
         raise RunError(f"parameters: found {', '.join(sorted(unknown))}; valid: {', '.join(valid)}")
     try:
         return client.create_flow_run_from_deployment(found.id, parameters=parameters)

@@ -13,7 +13,7 @@ from prefect import State, flow, get_run_logger
 from prefect.artifacts import create_markdown_artifact
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.deployments import run_deployment
-from prefect.states import Cancelling
+from prefect.states import Cancelling, Pending
 
 from flows.pipeline import StageError
 from flows.rdpo import rdpo
@@ -94,15 +94,21 @@ def elsewhere(deployment: str, parameters: Sequence[dict[str, Any]]) -> "list[St
         runs: list[Any] = [run_deployment(deployment, parameters=given, timeout=0) for given in parameters]
         try:
             return [_end(client, run.id, late=time.monotonic() + PATIENCE) for run in runs]
-        except BaseException:
-            for run in runs:
-                client.set_flow_run_state(run.id, Cancelling())
+        except BaseException as error:
+            if not isinstance(error, Exception):  # a server that is away for a while ends nothing
+                for run in runs:
+                    if not _state(client, run.id).is_final():
+                        client.set_flow_run_state(run.id, Cancelling())
             raise
 
 
+def _state(client: SyncPrefectClient, run: UUID) -> "State[Any]":
+    return client.read_flow_run(run).state or Pending()
+
+
 def _end(client: SyncPrefectClient, run: UUID, late: float) -> "State[Any]":
-    while (state := client.read_flow_run(run).state) is None or not state.is_final():
-        if state and state.is_scheduled() and time.monotonic() > late:
+    while not (state := _state(client, run)).is_final():
+        if state.is_scheduled() and time.monotonic() > late:
             get_run_logger().warning("%s: no worker takes it; this run has one's place, and the others may be busy", run)
             late = math.inf
         time.sleep(EVERY)

@@ -23,7 +23,7 @@ from prefect.exceptions import ParameterTypeError
 from prefect.flows import Flow, load_flow_from_entrypoint
 from prefect.settings import PREFECT_RESULTS_DEFAULT_SERIALIZER
 from prefect.settings.context import get_current_settings
-from prefect.states import Completed, Pending, Running, Scheduled, State
+from prefect.states import Completed, Failed, Pending, Running, Scheduled, State
 from prefect.utilities.callables import parameter_schema
 from prefect.utilities.importtools import import_object
 from prefect.utilities.schema_tools import ValidationError, validate
@@ -282,43 +282,51 @@ def test_a_comparison_has_each_number_below_its_name() -> None:
 
 
 class Elsewhere:
-    """Of a server, what a sweep asks of it: each of the runs goes through the states given, the last of which remains."""
+    """Of a server, what a sweep asks of it: each run goes through the states that its parameters say; the last one remains."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *states: State[Any] | BaseException) -> None:
-        self.states, self.left, self.set = states, dict[int, list[Any]](), list[tuple[int, str | None]]()
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.left, self.set = list[list[State[Any]]](), list[tuple[int, str | None]]()
         monkeypatch.setattr(sweep, "get_client", lambda sync_client: nullcontext(self))
         monkeypatch.setattr(sweep, "run_deployment", self.run)
         monkeypatch.setattr(sweep, "find_deployment", lambda client, name: None)
         monkeypatch.setattr(sweep, "EVERY", 0.001)
         monkeypatch.setattr(sweep, "get_run_logger", lambda: logging.getLogger("sweep"))
 
-    def run(self, deployment: str, parameters: dict[str, int], timeout: float) -> Any:
+    def run(self, deployment: str, parameters: dict[str, list[State[Any]]], timeout: float) -> Any:
         assert (deployment, timeout) == ("rdpo/rdpo-sd3", 0)
-        self.left[parameters["id"]] = list(self.states)
-        return SimpleNamespace(id=parameters["id"])
+        self.left.append(list(parameters["states"]))
+        return SimpleNamespace(id=len(self.left) - 1)
 
     def read_flow_run(self, run: int) -> Any:
-        state = self.left[run].pop(0) if len(self.left[run]) > 1 else self.left[run][0]
-        if isinstance(state, BaseException):
-            raise state
-        return SimpleNamespace(state=state)
+        return SimpleNamespace(state=self.left[run].pop(0) if len(self.left[run]) > 1 else self.left[run][0])
 
     def set_flow_run_state(self, run: int, state: State[Any]) -> None:
         self.set.append((run, state.name))
 
 
 def test_experiments_elsewhere_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    there = Elsewhere(monkeypatch, Pending(), Running(), Completed())
-    states = sweep.elsewhere("rdpo/rdpo-sd3", [{"id": 1}, {"id": 2}])
-    assert [state.name for state in states] == ["Completed"] * 2
+    there = Elsewhere(monkeypatch)
+    ends = [[Pending(), Running(), Completed()], [Running(), Failed()]]
+    states = sweep.elsewhere("rdpo/rdpo-sd3", [{"states": each} for each in ends])
+    assert [state.name for state in states] == ["Completed", "Failed"]
     assert there.set == []
 
 
-def test_experiments_elsewhere_end_with_their_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
-    there = Elsewhere(monkeypatch, Running(), KeyboardInterrupt())
-    with pytest.raises(KeyboardInterrupt):
-        sweep.elsewhere("rdpo/rdpo-sd3", [{"id": 1}, {"id": 2}])
-    assert there.set == [(1, "Cancelling"), (2, "Cancelling")]
+@pytest.mark.parametrize(
+    ("error", "ended"), [(KeyboardInterrupt, [(1, "Cancelling"), (2, "Cancelling")]), (ConnectionError, [])]
+)
+def test_experiments_elsewhere_end_with_their_sweep_if_it_is_cancelled(
+    error: type[BaseException], ended: list[tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = Elsewhere(monkeypatch)
+
+    def sleep(seconds: float) -> None:
+        raise error
+
+    monkeypatch.setattr(sweep.time, "sleep", sleep)
+    with pytest.raises(error):
+        sweep.elsewhere("rdpo/rdpo-sd3", [{"states": [each]} for each in (Completed(), Running(), Scheduled())])
+    assert there.set == ended
 
 
 @pytest.mark.parametrize(("patience", "told"), [(0.0, 2), (60.0, 0)])
@@ -326,9 +334,9 @@ def test_an_experiment_that_no_worker_takes_is_told_once(
     patience: float, told: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(sweep, "PATIENCE", patience)
-    Elsewhere(monkeypatch, *[Scheduled()] * 5, Completed())
-    sweep.elsewhere("rdpo/rdpo-sd3", [{"id": 1}, {"id": 2}])
-    assert [record.args for record in caplog.records if "no worker takes it" in record.message] == [(1,), (2,)][:told]
+    Elsewhere(monkeypatch)
+    sweep.elsewhere("rdpo/rdpo-sd3", [{"states": [*[Scheduled()] * 5, Completed()]}] * 2)
+    assert [record.args for record in caplog.records if "no worker takes it" in record.message] == [(0,), (1,)][:told]
 
 
 # ---------------------------------------------------------------- what is shown
