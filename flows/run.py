@@ -29,6 +29,8 @@ from flows.server import find_deployment
 
 EVERY = 2.0
 """Seconds between two looks."""
+LATE = 100
+"""Lines of a log among which another may still come: worker, run and tasks send theirs in batches."""
 SHOWN = ("results", "comparison", "samples")
 """Artifacts that are printed."""
 
@@ -108,17 +110,20 @@ def _start(client: SyncPrefectClient, deployment: str, parameters: dict[str, Any
 
 def _follow(client: SyncPrefectClient, run: FlowRun, patience: float) -> FlowRun:
     """The run when it has ended; what it says is told as it comes."""
-    told, begun, warned = 0, time.monotonic(), False
+    told, begun, warned = set[UUID](), time.monotonic(), False
     while True:
         run = client.read_flow_run(run.id)
-        logs = client.read_logs(
-            LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run.id])), offset=told, sort=LogSort.TIMESTAMP_ASC
+        last = client.read_logs(
+            LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run.id])),
+            offset=max(0, len(told) - LATE),
+            sort=LogSort.TIMESTAMP_ASC,
         )
+        logs = [log for log in last if log.id not in told]
         found = client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run.id]))) if logs else []
         tasks: dict[UUID | None, str] = {task.id: f"{task.name} | " for task in found}
         for log in logs:
             typer.echo(f"{tasks.get(log.task_run_id, '')}{log.message}")
-        told += len(logs)
+        told |= {log.id for log in logs}
         if run.state is not None and run.state.is_final() and not logs:
             return run
         if run.state is not None and run.state.is_scheduled() and time.monotonic() - begun > patience and not warned:

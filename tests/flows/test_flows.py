@@ -18,6 +18,7 @@ from PIL import Image
 from prefect._internal.uuid7 import uuid7
 from prefect.automations import AutomationCore, EventTrigger, Posture
 from prefect.client.schemas.objects import TERMINAL_STATES, StateType
+from prefect.client.schemas.sorting import LogSort
 from prefect.events.actions import ChangeFlowRunState
 from prefect.exceptions import ParameterTypeError
 from prefect.flows import Flow, load_flow_from_entrypoint
@@ -31,7 +32,7 @@ from prefect.utilities.templating import find_placeholders
 from prefect.workers.base import BaseJobConfiguration
 from safetensors.numpy import save_file
 
-from flows import runs, server, shown, stage, sweep
+from flows import run, runs, server, shown, stage, sweep
 from flows import sample as flow_sample
 from flows.pipeline import StageError
 from flows.rdpo import known_remote, rdpo
@@ -337,6 +338,37 @@ def test_an_experiment_that_no_worker_takes_is_told_once(
     Elsewhere(monkeypatch)
     sweep.elsewhere("rdpo/rdpo-sd3", [{"states": [*[Scheduled()] * 5, Completed()]}] * 2)
     assert [record.args for record in caplog.records if "no worker takes it" in record.message] == [(0,), (1,)][:told]
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def test_every_line_of_a_run_is_told_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also one that reaches the server after later ones have, and more than one answer of the server's holds."""
+    lines = [SimpleNamespace(id=uuid7(), message=str(number), task_run_id=None) for number in range(400)]
+    looks = [lines[:10] + lines[11:30], lines[:30], lines[:199] + lines[200:220], lines]
+
+    class Client:
+        looked = 0
+
+        def read_flow_run(self, run: int) -> Any:
+            return SimpleNamespace(id=run, state=Running() if self.looked < len(looks) else Completed())
+
+        def read_logs(self, wanted: object, offset: int, sort: LogSort) -> list[Any]:
+            assert sort == LogSort.TIMESTAMP_ASC
+            there = looks[min(self.looked, len(looks) - 1)]
+            self.looked += 1
+            return there[offset : offset + 200]
+
+        def read_task_runs(self, flow_run_filter: object) -> list[Any]:
+            return []
+
+    client: Any = Client()
+    monkeypatch.setattr(run, "EVERY", 0.0)
+    of: Any = SimpleNamespace(id=uuid7())
+    assert run._follow(client, of, patience=1).id == of.id
+    told = [int(line) for line in capsys.readouterr().out.splitlines()]
+    assert sorted(told) == list(range(400))
 
 
 # ---------------------------------------------------------------- what is shown
