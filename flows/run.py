@@ -78,8 +78,12 @@ def run(deployment: str, parameters: dict[str, Any], patience: float) -> None:
                 f"server: {url} does not answer ({error}); valid: PREFECT_API_URL of one that runs: prefect server start"
             ) from None
         started = _start(client, deployment, parameters)
-        typer.echo(f"{started.name}: {PREFECT_UI_URL.value()}/runs/flow-run/{started.id}")
-        ended = _follow(client, started, patience)
+        page = f"{PREFECT_UI_URL.value()}/runs/flow-run/{started.id}"
+        typer.echo(f"{started.name}: {page}")
+        try:
+            ended = _follow(client, started, patience)
+        except httpx.HTTPError as error:
+            raise RunError(f"server: {url} does not answer any more ({error}); the run goes on without this: {page}") from None
         if ended.state is None or not ended.state.is_completed():
             raise RunError(f"{ended.name}: {ended.state_name}: {ended.state and ended.state.message}")
         artifacts = client.read_artifacts(

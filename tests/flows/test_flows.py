@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import yaml
@@ -22,7 +23,7 @@ from prefect.client.schemas.sorting import LogSort
 from prefect.events.actions import ChangeFlowRunState
 from prefect.exceptions import ParameterTypeError
 from prefect.flows import Flow, load_flow_from_entrypoint
-from prefect.settings import PREFECT_RESULTS_DEFAULT_SERIALIZER
+from prefect.settings import PREFECT_API_URL, PREFECT_RESULTS_DEFAULT_SERIALIZER, PREFECT_UI_URL, temporary_settings
 from prefect.settings.context import get_current_settings
 from prefect.states import Completed, Failed, Pending, Running, Scheduled, State
 from prefect.utilities.callables import parameter_schema
@@ -369,6 +370,20 @@ def test_every_line_of_a_run_is_told_once(monkeypatch: pytest.MonkeyPatch, capsy
     assert run._follow(client, of, patience=1).id == of.id
     told = [int(line) for line in capsys.readouterr().out.splitlines()]
     assert sorted(told) == list(range(400))
+
+
+def test_a_server_that_goes_away_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def follow(*_: object) -> None:
+        raise httpx.ConnectError("refused")
+
+    monkeypatch.setattr(run, "get_client", lambda sync_client: nullcontext())
+    monkeypatch.setattr(httpx, "get", lambda url, timeout: httpx.Response(200, request=httpx.Request("GET", url)))
+    monkeypatch.setattr(run, "_start", lambda *_: SimpleNamespace(id="1a2b", name="digits"))
+    monkeypatch.setattr(run, "_follow", follow)
+    url: Any = {PREFECT_API_URL: "http://127.0.0.1:1/api", PREFECT_UI_URL: "http://127.0.0.1:1"}
+    said = r"^server: http://127.0.0.1:1/api does not answer any more \(refused\); .*: http://127.0.0.1:1/runs/flow-run/1a2b$"
+    with temporary_settings(url), pytest.raises(run.RunError, match=said):
+        run.run("rdpo/rdpo-digits", {}, patience=1)
 
 
 # ---------------------------------------------------------------- what is shown
