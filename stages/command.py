@@ -163,9 +163,10 @@ def _stop(signum: int, frame: object) -> None:
 
 
 def _go_on() -> None:
-    # launchers send several signals, of both kinds, and so do hands: they must not end what ends already
+    # launchers send several signals, of both kinds, and so do hands: they must not end what ends already. One may be here
+    # before this: Python prints a traceback where that is then to be ignored (SIG_IGN)
     for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, signal.SIG_IGN)
+        signal.signal(signum, lambda *_: None)
 
 
 def progress(items: Sequence[T], description: str, unit: str, done: int = 0) -> "tqdm[T]":

@@ -289,7 +289,7 @@ def _out_of_memory(error: Exception) -> str:
 
 
 def _stop(signum: int, frame: object) -> None:
-    signal.signal(signum, signal.SIG_IGN)  # what it begins is not to be ended by a second one
+    signal.signal(signum, lambda *_: None)  # what it begins is not to be ended by a second one
     raise Terminated
 
 

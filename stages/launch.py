@@ -1,5 +1,6 @@
 """A stage as several processes of this machine, started by torchrun's own launcher."""
 
+import atexit
 import logging
 import os
 import signal
@@ -9,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure, get_error_handler
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -65,6 +66,10 @@ def run_ranks(module: str, arguments: Sequence[str], size: int) -> None:
         )
         try:
             elastic_launch(config, sys.executable)("-m", module, *arguments)
+        except SignalException as error:
+            # a thread of torch's rendezvous is left, which now and then aborts a process that ends in the ordinary way
+            atexit.register(os._exit, 128 + error.sigval)
+            raise
         except ChildFailedError as error:
             raise _first(error.failures.values()) from None
         finally:

@@ -1,5 +1,6 @@
 """The command line of stages: exit statuses, batch sizes that the environment caps, and several processes."""
 
+import atexit
 import json
 import os
 import shutil
@@ -304,7 +305,10 @@ def test_a_rank_that_the_launcher_had_to_kill_is_not_the_first(tmp_path: Path) -
     assert (str(found), found.status) == ("the hub is away", 75)
 
 
-def test_ranks_do_not_outlive_a_signal(ranks: None) -> None:
+def test_ranks_do_not_outlive_a_signal(ranks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = list[tuple[object, ...]]()
+    monkeypatch.setattr(atexit, "register", lambda *call: ends.append(call))
     with pytest.raises(SignalException):
         run_ranks("rank", ["ends all"], 2)
+    assert (os._exit, 143) in ends
     assert saved() == {"saved-0", "saved-1"}
